@@ -1,0 +1,41 @@
+# Every command sets up by itself: a virtual environment in .venv, pinned by constraints.txt, made once.
+PYTHON ?= python3
+BIN := .venv/bin
+SET ?=
+overrides = $(foreach s,$(SET),--set $(s))
+
+.PHONY: setup train test check matrix bench gpu clean
+
+train: setup
+	$(BIN)/trilith train configs/quickstart.json $(overrides)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+
+check: setup
+	$(BIN)/ruff check engine launcher benchmarks tests setup.py
+	$(BIN)/ruff format --check engine launcher benchmarks tests setup.py
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+matrix: setup
+	$(BIN)/python -m tests.matrix
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+# On a machine with a CUDA device: the parity suite and the GPU tests, with the Python that is there (nothing is downloaded).
+gpu:
+	sh benchmarks/gpu.sh
+
+setup: .venv/.ready
+
+.venv/.ready: setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev,data]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,34 @@
+"""Trilith: a 3D-parallel training engine. One JSON file describes a run; `trilith train` runs it.
+
+Public names are loaded when they are first used, so that the command line starts without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trilith.config import Config, load_config
+    from trilith.trainer import Trainer
+    from trilith.zero.module import initialize
+
+__all__ = ["Config", "Trainer", "initialize", "load_config"]
+__version__ = "0.1.0"
+
+_HOMES = MappingProxyType(
+    {
+        "Config": "trilith.config",
+        "Trainer": "trilith.trainer",
+        "initialize": "trilith.zero.module",
+        "load_config": "trilith.config",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from where it lives."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trilith' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

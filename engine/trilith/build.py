@@ -1,0 +1,57 @@
+"""From declarations to this rank's stages: modules on the meta device, storage by ZeRO, values box by box.
+
+The initial value of element i of a canonical tensor is a function of (seed, name, i), so every layout starts from the same
+weights, and no rank ever holds more of a tensor than its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from trilith.config import Config
+from trilith.kernels.stream import fill_box
+from trilith.models.base import LocalParameter, UnitDecl
+from trilith.models.stage import StageModel, build_stage
+from trilith.precision import PrecisionPolicy
+from trilith.rng import stream_key
+from trilith.topology import Topology
+from trilith.zero.stage12 import ShardedModel
+
+
+def build_stages(
+    config: Config, stages: Sequence[Sequence[UnitDecl]], topology: Topology, policy: PrecisionPolicy
+) -> dict[int, StageModel]:
+    """This rank's stages (index -> module), on the meta device; stage s lives on pipeline rank s mod pipeline degree."""
+    mine = range(topology.coordinate("pp"), len(stages), config.parallel.pipeline)
+    return {
+        index: build_stage(
+            config.model,
+            stages[index],
+            topology,
+            recompute=config.activation_checkpointing.recompute,
+            seed=config.training.seed,
+            sequence_parallel=config.parallel.sequence_parallel,
+            dtype=policy.param_dtype,
+        )
+        for index in mine
+    }
+
+
+def initialise(model: ShardedModel, stages: Mapping[int, StageModel], policy: PrecisionPolicy, seed: int) -> None:
+    """Give every local parameter its initial values; padding is zero."""
+    for index, stage in stages.items():
+        for parameter in stage.local_parameters:
+            model.assign(index, parameter.name, initial_value(parameter, policy.master_dtype, seed, model.device))
+
+
+def initial_value(parameter: LocalParameter, dtype: torch.dtype, seed: int, device: torch.device) -> torch.Tensor:
+    """The initial value of a local parameter, `parameter.shape` in `dtype`."""
+    flat = torch.zeros(parameter.numel, dtype=dtype, device=device)
+    for spec, init in zip(parameter.specs, parameter.inits, strict=True):
+        key = stream_key(seed, "init", spec.name)
+        for piece in spec.pieces:
+            value = fill_box(key, spec.shape, piece.box, init.kind, init.std, dtype, device)
+            flat.as_strided(piece.box.shape, piece.strides, piece.offset).copy_(value)
+    return flat.view(parameter.shape)

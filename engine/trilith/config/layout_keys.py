@@ -1,0 +1,83 @@
+"""Keys of the sections that lay a run out: `parallel`, `pipeline`, `zero_optimization`, `activation_checkpointing`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import PydanticCustomError
+
+from trilith.config.base import Auto, Bool, ConfigModel, Count, CountOrZero, Positive, WholeNumber, key
+
+Stage = Annotated[Literal[0, 1], WholeNumber]
+Partition = Literal["cost", "uniform", "parameters"]
+
+
+def _partition(value: Any) -> Any:
+    """A method's name, or a list of whole numbers: one message for both, not one per alternative."""
+    if value in ("cost", "uniform", "parameters"):
+        return value
+    if isinstance(value, (list, tuple)) and value:
+        whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in value]
+        if all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**31 for v in whole):
+            return tuple(whole)
+    rule = 'must be "cost", "uniform", "parameters" or a list with the number of layers of each stage'
+    raise PydanticCustomError("partition", rule)  # type: ignore[arg-type]
+
+
+def _partition_schema() -> JsonSchemaValue:
+    names: JsonSchemaValue = {"enum": ["cost", "uniform", "parameters"]}
+    counts: JsonSchemaValue = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+    return {"anyOf": [names, counts]}
+
+
+class ParallelConfig(ConfigModel):
+    """Degrees of parallelism; their product data x pipeline x context x tensor is the number of ranks."""
+
+    data: Auto[Count] = key(
+        "auto", "Data-parallel degree. auto: what the other degrees leave of the world size.", "ranks"
+    )
+    pipeline: Count = key(1, "Pipeline-parallel degree.", "ranks")
+    tensor: Count = key(1, "Tensor-parallel degree.", "ranks")
+    context: Count = key(1, "Context-parallel degree; only 1 for now.", "ranks")
+    replicate: Count = key(1, "Copies of the ZeRO partition inside the data degree; only 1 for now.", "copies")
+    sequence_parallel: Bool = key(
+        False, "Megatron sequence parallelism: norms and dropout hold 1/tensor of the sequence."
+    )
+    timeout_s: Positive = key(120.0, "A collective that takes longer fails.", "seconds")
+
+
+class PipelineConfig(ConfigModel):
+    """How the model is cut into stages and in what order stages work."""
+
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = key("1f1b", "Order of forwards and backwards.")
+    virtual_stages: Count = key(1, "Stages per pipeline rank; above 1 only with interleaved_1f1b.", "stages")
+    partition: Annotated[
+        Partition | tuple[int, ...], BeforeValidator(_partition), WithJsonSchema(_partition_schema())
+    ] = key(
+        "cost",
+        "How layers are dealt to stages: by their cost, uniformly, by parameters, or a list with the layers of each "
+        "stage in the order of the model.",
+        "layers",
+    )
+
+
+class ActivationCheckpointingConfig(ConfigModel):
+    """Recompute of activations in backward."""
+
+    recompute: Literal["none", "selective", "full"] = key(
+        "none", "What backward computes again: nothing, attention's core only (selective), or whole blocks (full)."
+    )
+
+
+class ZeroConfig(ConfigModel):
+    """What data-parallel ranks partition among themselves (Rajbhandari et al. 2020)."""
+
+    stage: Stage = key(0, "What is partitioned: 0 nothing, 1 optimizer states and master weights.")
+    reduce_bucket_size: Auto[CountOrZero] = key(
+        500_000_000,
+        "Gradients of units are reduced together up to this size. auto: model.hidden_size squared.",
+        "elements",
+    )
+    overlap_comm: Auto[Bool] = key("auto", "Reduce gradients while backward runs. auto: true.")

@@ -1,0 +1,68 @@
+"""Keys of the sections `training`, `checkpoint`, `run`, `tensorboard` and `csv_monitor`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from trilith.config.base import Auto, Bool, ConfigModel, Count, CountOrZero, Positive, Str, Text, key
+
+
+class TrainingConfig(ConfigModel):
+    """Length and rhythm of the run."""
+
+    steps: CountOrZero = key(0, "Optimizer steps; a run needs at least 1.", "steps")
+    seed: CountOrZero = key(1234, "Seed of initial weights, dropout and, by default, sample order.")
+    eval_interval: CountOrZero = key(0, "Evaluate every so many steps; 0: never.", "steps")
+    eval_batches: Count = key(8, "Evaluation batches averaged in one evaluation.", "batches")
+    eval_batch_size: Auto[Count] = key(
+        "auto", "Samples of one evaluation batch over all ranks. auto: train_batch_size.", "samples"
+    )
+    generate_tokens: CountOrZero = key(0, "Length of the sample generated at the end of the run; 0: none.", "tokens")
+    generate_prompt: Str = key("def ", "Text that the generated sample continues.")
+    log_interval: Auto[Count] = key("auto", "Progress line every so many steps. auto: steps_per_print.", "steps")
+
+
+class CheckpointConfig(ConfigModel):
+    """When state is saved, where, and whether a run continues from it."""
+
+    save_interval: CountOrZero | None = key(
+        0, "Save every so many steps, and at the end; 0: only at the end; null: never.", "steps"
+    )
+    directory: Auto[Text] = key("auto", "Where checkpoints lie. auto: run.directory/checkpoints.")
+    resume: Literal["never", "auto", "must"] = key(
+        "never", "Continue from the newest checkpoint: never, if there is one (auto), or fail without one (must)."
+    )
+    keep_last: Count = key(2, "Newest checkpoints that are kept.", "checkpoints")
+
+
+class RunConfig(ConfigModel):
+    """Where the run writes and what it runs on."""
+
+    directory: Text = key("runs/default", "Directory of everything that the run writes.")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "Device of every rank; auto: cuda where there is one.")
+    threads: Auto[Count] = key(
+        "auto", "Threads of one rank. auto: cores of the machine / ranks on it, at least 1.", "threads"
+    )
+    peak_flops: Positive | None = key(
+        None, "Peak of one rank, from which MFU is computed; null: MFU is not shown.", "FLOP/s"
+    )
+
+
+class TensorBoardConfig(ConfigModel):
+    """TensorBoard events."""
+
+    enabled: Bool = key(False, "Write TensorBoard events.")
+    output_path: Auto[Str] = key(
+        "auto", 'Directory of the events. auto (or "", DeepSpeed\'s default): run.directory/tensorboard.'
+    )
+    job_name: Auto[Str] = key("auto", "Sub-directory of the events. auto: the last part of run.directory.")
+
+
+class CsvMonitorConfig(ConfigModel):
+    """Metrics as CSV files, one a metric."""
+
+    enabled: Bool = key(False, "Write CSV files.")
+    output_path: Auto[Str] = key(
+        "auto", 'Directory of the files. auto (or "", DeepSpeed\'s default): run.directory/csv.'
+    )
+    job_name: Auto[Str] = key("auto", "Sub-directory of the files. auto: the last part of run.directory.")

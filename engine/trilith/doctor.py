@@ -1,0 +1,73 @@
+"""`trilith doctor`: the environment in one block, to read or to paste into an issue."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed
+
+PACKAGES = ("torch", "numpy", "pydantic", "safetensors", "tokenizers", "rich", "tensorboard", "matplotlib")
+OPTIONAL = ("deepspeed", "transformers", "triton", "pyarrow", "ninja", "pybind11")
+
+
+def examine() -> dict[str, Any]:
+    """What this machine has: versions, processors, memory, devices, backends, compilers."""
+    return {
+        "trilith": _version("trilith"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in (*PACKAGES, *OPTIONAL)},
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "shared_memory_bytes": shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
+        "torch_cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": [name for name in ("gloo", "nccl", "mpi") if torch.distributed.is_backend_available(name)],
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "compilers": {name: _compiler(name) for name in ("g++", "nvcc")},
+        "environment": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "NCCL_", "GLOO_", "CUDA_"))
+        },
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The same as text, one line each."""
+    lines = [f"trilith {report['trilith']}, Python {report['python']}, {report['platform']}"]
+    lines += [f"  {name:<14}{version or 'not installed'}" for name, version in report["packages"].items()]
+    gib = report["memory_bytes"] / 2**30
+    lines.append(f"processors    {report['cores']} cores, {report['cpu_capability']}, {gib:.1f} GiB memory")
+    devices = ", ".join(report["devices"]) or "none (ranks run on the CPU)"
+    lines.append(f"CUDA          {report['torch_cuda'] or 'not in this torch'}; devices: {devices}")
+    lines.append(f"backends      {', '.join(report['backends'])}")
+    for name, version in report["compilers"].items():
+        lines.append(f"{name:<14}{version or 'not found (not needed to train)'}")
+    for name, value in report["environment"].items():
+        lines.append(f"{name}={value}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler(name: str) -> str | None:
+    path = shutil.which(name)
+    if path is None:
+        return None
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = [line for line in said.splitlines() if line.strip()]
+    return next((line for line in lines if "release" in line), lines[0] if lines else None)

@@ -1,0 +1,28 @@
+"""The ops that layers are made of: the one seam between models and kernels.
+
+A layer writes `from trilith.kernels import ops` and calls `ops.NAME`; what runs behind the name may change (torch,
+a fused kernel, `reference`), its meaning, which `kernels/reference.py` states, may not. A faster implementation of
+an op goes into that op's file here and is held to the same tests.
+"""
+
+from trilith.kernels.ops.activation import gelu, swiglu
+from trilith.kernels.ops.attention import attention
+from trilith.kernels.ops.cross_entropy import cross_entropy_gradient, cross_entropy_terms, local_logit_max
+from trilith.kernels.ops.dropout import dropout
+from trilith.kernels.ops.linear import linear
+from trilith.kernels.ops.norm import layer_norm, rms_norm
+from trilith.kernels.ops.rotary import rotary
+
+__all__ = [
+    "attention",
+    "cross_entropy_gradient",
+    "cross_entropy_terms",
+    "dropout",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "local_logit_max",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+]

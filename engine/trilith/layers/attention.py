@@ -1,0 +1,83 @@
+"""Causal self-attention with heads dealt to tensor ranks and grouped key/value heads (Ainslie et al. 2023, GQA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from trilith.kernels import ops
+from trilith.layers.linear import ColumnParallelLinear, RowParallelLinear
+from trilith.layers.placement import Placement
+from trilith.layers.recompute import recomputed
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """The heads of one tensor rank: query heads [first, first + num_heads) and the key/value heads that they read.
+
+    `kv_index[i]` is the local key/value head of local query head i; where the tensor degree is no multiple of K,
+    a group of query heads may be cut, so the index need not be regular.
+    """
+
+    first: int
+    num_heads: int
+    num_kv_heads: int
+    kv_index: tuple[int, ...]
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class AttentionDropout:
+    """Dropout of attention probabilities: probability and the site's stream key."""
+
+    p: float
+    key: tuple[int, int]
+
+
+class Attention(nn.Module):
+    """output(softmax(q k^T / sqrt(D), causal) v) with q, k and v from one product of stacked weights.
+
+    With `recompute` only the part between the two linears is computed again in backward.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: HeadShard,
+        bias: bool,
+        dropout: AttentionDropout,
+        recompute: bool,
+        placement: Placement,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.recompute = recompute
+        queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
+        self.widths = (queries, keys, keys)
+        self.qkv = ColumnParallelLinear(hidden_size, sum(self.widths), bias, placement)
+        self.output = RowParallelLinear(queries, hidden_size, bias, placement)
+
+    def forward(self, x: Tensor, sample_ids: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, S/t or S, H) to the same shape; `rotary`: cos and sin (S, D/2). All ranks of the group must call it."""
+        parts = self.qkv(x).split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.heads.head_dim)) for part in parts)
+        if rotary is not None:
+            q, k = ops.rotary(q, *rotary), ops.rotary(k, *rotary)
+        mixed = recomputed(self._mix, q, k, v, sample_ids) if self.recompute else self._mix(q, k, v, sample_ids)
+        return self.output(mixed.flatten(2))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, sample_ids: Tensor) -> Tensor:
+        """The attention core: q (B, S, N/t, D), k and v (B, S, local K, D) to (B, S, N/t, D)."""
+        return ops.attention(
+            q,
+            k,
+            v,
+            kv_index=self.heads.kv_index,
+            causal=True,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            key=self.dropout.key,
+            sample_ids=sample_ids,
+            head_range=(self.heads.first, self.heads.first + self.heads.num_heads),
+        )

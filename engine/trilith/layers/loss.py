@@ -1,0 +1,59 @@
+"""Cross-entropy over a vocabulary that is split over tensor ranks, without gathering logits.
+
+After Shoeybi et al. 2019, section 3. Two collectives of (B, S): the maximum, then one sum that carries both the
+partition function and the target's logit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilith import comm
+from trilith.kernels import ops
+from trilith.layers.embedding import VocabularyShard
+from trilith.topology import Group
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, shard: VocabularyShard, group: Group
+) -> Tensor:
+    """Loss of each token, -log softmax(logits)[label], (B, S) float32, or float64 where the logits are.
+
+    logits (B, S, rows) are this rank's columns; those of padding rows do not count. labels (B, S) int64 are global
+    tokens. Tokens where `loss_mask` (B, S) bool is False have loss and gradient 0, whatever their label. All ranks
+    of `group` must call it, with the same labels and mask.
+    """
+    return _CrossEntropy.apply(logits, labels, loss_mask, shard, group)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Keeps the logits and two numbers a token; the gradient softmax - onehot is made in one pass in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, loss_mask: Tensor | None, shard: VocabularyShard, group: Group
+    ) -> Tensor:
+        held = (shard.first, shard.end - shard.first)
+        largest = ops.local_logit_max(logits, held[1])
+        comm.all_reduce(largest, group, op="max").wait()
+        sums = torch.stack(ops.cross_entropy_terms(logits, labels, largest, *held))
+        comm.all_reduce(sums, group).wait()
+        total, target = sums.unbind()
+        ctx.save_for_backward(logits, labels, largest, total, loss_mask)
+        ctx.held = held
+        return _counted(total.log() - target, loss_mask)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, largest, total, loss_mask = ctx.saved_tensors
+        scale = _counted(gradients[0], loss_mask)
+        gradient = ops.cross_entropy_gradient(logits, labels, largest, total, scale, *ctx.held)
+        return gradient, None, None, None, None
+
+
+def _counted(per_token: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """`per_token` (B, S) with 0 where the label does not count."""
+    return per_token if loss_mask is None else per_token.masked_fill(~loss_mask, 0.0)

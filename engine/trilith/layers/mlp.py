@@ -1,0 +1,37 @@
+"""The two feed-forward layers: GPT's (up, GELU, down) and the gated one of Shazeer 2020 (SwiGLU), F dealt to ranks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trilith.kernels import ops
+from trilith.layers.linear import ColumnParallelLinear, RowParallelLinear
+from trilith.layers.placement import Placement
+
+
+class MLP(nn.Module):
+    """down(gelu(up(x))); `ffn_features` counts this rank's F/t, `activation` is `gelu` or `gelu_tanh`."""
+
+    def __init__(self, hidden_size: int, ffn_features: int, activation: str, bias: bool, placement: Placement) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up = ColumnParallelLinear(hidden_size, ffn_features, bias, placement)
+        self.down = RowParallelLinear(ffn_features, hidden_size, bias, placement)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S/t or S, H) to the same shape. All ranks of the group must call it."""
+        return self.down(ops.gelu(self.up(x), self.activation))
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one product. `ffn_features` is this rank's F/t."""
+
+    def __init__(self, hidden_size: int, ffn_features: int, bias: bool, placement: Placement) -> None:
+        super().__init__()
+        self.gate_up = ColumnParallelLinear(hidden_size, 2 * ffn_features, bias, placement)
+        self.down = RowParallelLinear(ffn_features, hidden_size, bias, placement)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S/t or S, H) to the same shape. All ranks of the group must call it."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(ops.swiglu(gate, up))

@@ -1,0 +1,104 @@
+"""The modules that all decoder-only families share: settings of a stage, head and vocabulary shards, the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trilith.config.model_keys import ModelConfig
+from trilith.layers.attention import Attention, AttentionDropout, HeadShard
+from trilith.layers.dropout import Dropout
+from trilith.layers.embedding import VocabularyShard
+from trilith.layers.linear import ColumnParallelLinear
+from trilith.layers.loss import vocab_parallel_cross_entropy
+from trilith.layers.placement import Placement
+from trilith.layers.recompute import SELECTIVE
+from trilith.models.batch import Microbatch
+from trilith.models.decoder_declaration import head_dim, kv_split, vocabulary_split
+from trilith.rng import stream_key
+from trilith.topology import Group
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What every unit of a stage is built from. `recompute` is `none`, `selective` or `full`; `seed` is the run's."""
+
+    model: ModelConfig
+    placement: Placement
+    seed: int
+    recompute: str
+
+    def dropout(self, site: str) -> Dropout:
+        """Dropout of the residual stream at `site`, a canonical name such as `layers.3.mlp`."""
+        return Dropout(self.model.dropout, stream_key(self.seed, "dropout", site))
+
+    def attention(self, unit: str) -> Attention:
+        """The attention of the block `unit`."""
+        model = self.model
+        return Attention(
+            model.hidden_size,
+            head_shard(model, self.placement.group),
+            model.linear_bias,
+            AttentionDropout(
+                model.attention_dropout, stream_key(self.seed, "dropout", f"{unit}.attention.probabilities")
+            ),
+            self.recompute == SELECTIVE,
+            self.placement,
+        )
+
+    @property
+    def ffn_features(self) -> int:
+        """F/t: inner MLP features of this rank."""
+        return self.model.ffn_hidden_size // self.placement.group.size
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """A microbatch with what the units of a stage share.
+
+    `region_positions` (S/t or S,) are the positions that this rank holds in the sequence region; `rotary` are cos
+    and sin (S, D/2) of all positions, for families that rotate.
+    """
+
+    batch: Microbatch
+    region_positions: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+
+
+def head_shard(model: ModelConfig, group: Group) -> HeadShard:
+    """The query heads of this tensor rank and the key/value heads that they read."""
+    num_heads = model.num_heads // group.size
+    first = group.index * num_heads
+    first_kv, _, num_kv_heads = kv_split(model).held(group.index, group.size)
+    per_kv = model.num_heads // model.num_kv_heads
+    kv_index = tuple(head // per_kv - first_kv for head in range(first, first + num_heads))
+    return HeadShard(first, num_heads, num_kv_heads, kv_index, head_dim(model))
+
+
+def vocabulary_shard(model: ModelConfig, group: Group) -> VocabularyShard:
+    """The vocabulary rows of this tensor rank."""
+    first, end, rows = vocabulary_split(model).held(group.index, group.size)
+    return VocabularyShard(first, end, rows, model.vocab_size)
+
+
+class Head(nn.Module):
+    """Final norm (the family's) and output projection over this rank's vocabulary rows."""
+
+    def __init__(self, norm: nn.Module, settings: StageSettings) -> None:
+        super().__init__()
+        self.group = settings.placement.group
+        self.shard = vocabulary_shard(settings.model, self.group)
+        self.norm = norm
+        self.output = ColumnParallelLinear(settings.model.hidden_size, self.shard.rows, False, settings.placement)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, S/t or S, H) to this rank's logits (B, S, rows), those of padding rows included."""
+        return self.output(self.norm(hidden))
+
+    def loss(self, logits: Tensor, batch: Microbatch) -> Tensor:
+        """Sum of the token losses times `batch.loss_weight`: a float64 scalar, the same on all tensor ranks."""
+        assert batch.labels is not None
+        losses = vocab_parallel_cross_entropy(logits, batch.labels, batch.loss_mask, self.shard, self.group)
+        return losses.sum(dtype=torch.float64) * batch.loss_weight

@@ -1,0 +1,121 @@
+"""A pipeline stage as one module: a run of units, built on the meta device with exactly the declared parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from trilith.config.model_keys import ModelConfig
+from trilith.layers.placement import Placement
+from trilith.layers.recompute import FULL, recomputed
+from trilith.models.base import LocalParameter, UnitDecl, local_parameter, stage_parameters
+from trilith.models.batch import Microbatch
+from trilith.models.decoder import Head, StageInput, StageSettings
+from trilith.models.decoder_declaration import EMBEDDING, HEAD, layer_index
+from trilith.models.gpt2 import model as gpt2
+from trilith.models.llama import model as llama
+from trilith.topology import Topology
+
+Observer = Callable[[str, Tensor, Microbatch], None]
+Boundary = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class StageModel(nn.Module):
+    """A run of units in order. Parameters are found by their declared names, e.g. `layers.3.attention.qkv.weight`.
+
+    `local_parameters` describes each of them, in the order of the units. `observer`, where it is set, is called with
+    (unit name, output, microbatch) of each unit: its hidden in the sequence region or, for `head`, its local logits.
+    """
+
+    def __init__(
+        self, settings: StageSettings, units: Sequence[UnitDecl], local_parameters: tuple[LocalParameter, ...]
+    ) -> None:
+        super().__init__()
+        family = _family(settings.model)
+        self.settings = settings
+        self.local_parameters = local_parameters
+        self.observer: Observer | None = None
+        names = [unit.name for unit in units]
+        self.embedding = family.Embedding(settings) if EMBEDDING in names else None
+        blocks = [name for name in names if name not in (EMBEDDING, HEAD)]
+        self.layers = nn.ModuleDict({str(layer_index(n)): family.Block(settings, n) for n in blocks})
+        self.head: Head | None = family.head(settings) if HEAD in names else None
+        if self.head is not None and self.embedding is not None and settings.model.tie_embeddings:
+            self.head.output.weight = self.embedding.tokens.weight
+        self._check_declared()
+
+    def forward(self, inputs: Mapping[str, Tensor], batch: Microbatch) -> dict[str, Tensor]:
+        """Runs the units on one microbatch. All tensor ranks of the stage must call it.
+
+        inputs: empty for the first stage, else `hidden` (B, S/t or S, H). Returns `hidden` of the same shape; the
+        last stage returns `loss`, a float64 scalar (see `Head.loss`), or `logits` (B, S, this rank's vocabulary
+        rows with padding) where `batch.labels` is None.
+        """
+        stage_input = self._stage_input(batch)
+        if self.embedding is not None:
+            hidden = self._observed(EMBEDDING, self.embedding(stage_input), batch)
+        else:
+            hidden = inputs["hidden"]
+        for index, block in self.layers.items():
+            if self.settings.recompute == FULL:
+                hidden = recomputed(block, hidden, stage_input)
+            else:
+                hidden = block(hidden, stage_input)
+            self._observed(f"layers.{index}", hidden, batch)
+        if self.head is None:
+            return {"hidden": hidden}
+        logits = self._observed(HEAD, self.head(hidden), batch)
+        return {"logits": logits} if batch.labels is None else {"loss": self.head.loss(logits, batch)}
+
+    def boundary(self, batch_size: int, sequence_length: int) -> Boundary:
+        """Shape and dtype of what crosses from any stage of this model to the next, by name."""
+        region = self.settings.placement.region_slice(sequence_length)
+        shape = (batch_size, region.stop - region.start, self.settings.model.hidden_size)
+        return {"hidden": (shape, self.settings.placement.dtype)}
+
+    def _stage_input(self, batch: Microbatch) -> StageInput:
+        region = self.settings.placement.region_slice(batch.positions.shape[0])
+        rotates = self.settings.model.family == "llama" and len(self.layers) > 0
+        tables = llama.rotary(self.settings, batch.positions) if rotates else None
+        return StageInput(batch, batch.positions[region], tables)
+
+    def _observed(self, unit: str, output: Tensor, batch: Microbatch) -> Tensor:
+        if self.observer is not None:
+            self.observer(unit, output, batch)
+        return output
+
+    def _check_declared(self) -> None:
+        """The module holds the declared parameters and no others: a mistake of a family's files, never of a config."""
+        built = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        declared = {p.name: p.shape for p in self.local_parameters}
+        assert built == declared, f"built {built}, declared {declared}"
+
+
+def _family(model: ModelConfig) -> ModuleType:
+    """The module with the family's `Embedding`, `Block` and `head`."""
+    return llama if model.family == "llama" else gpt2
+
+
+def build_stage(
+    model: ModelConfig,
+    units: Sequence[UnitDecl],
+    topology: Topology,
+    *,
+    recompute: str,
+    seed: int,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+) -> StageModel:
+    """The stage made of `units` for this tensor rank, on the meta device: shapes and dtypes, no values.
+
+    Whoever fills it must give finite values to all of a parameter, padding included. `recompute` is `none`,
+    `selective` or `full`.
+    """
+    group = topology.tp
+    shared = sequence_parallel and group.size > 1
+    local = tuple(local_parameter(p, group.index, group.size, shared) for p in stage_parameters(units))
+    placement = Placement(group, shared, dtype, torch.device("meta"))
+    return StageModel(StageSettings(model, placement, seed, recompute), units, local)

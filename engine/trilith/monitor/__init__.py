@@ -1,0 +1,1 @@
+"""What a run says about itself: one record per step, sinks that can never stop training, progress and the report."""

@@ -1,0 +1,76 @@
+"""Bytes that autograd keeps alive between forward and backward, counted while a step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class _Kept:
+    """One saved tensor; its death is the release of one reference to its storage."""
+
+    __slots__ = ("_meter", "_pointer", "tensor")
+
+    def __init__(self, meter: ActivationMeter, tensor: Tensor) -> None:
+        self.tensor, self._meter = tensor, meter
+        self._pointer = meter.add(tensor)
+
+    def __del__(self) -> None:
+        self._meter.drop(self._pointer)
+
+
+class ActivationMeter:
+    """Context manager; `peak_bytes` is the largest sum of distinct storages saved for backward at one time.
+
+    Storages in `excluded` (parameters) do not count. Views of one storage count once, whole.
+    """
+
+    def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
+        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._references: dict[int, tuple[int, int]] = {}
+        self._live_bytes = 0
+        self.peak_bytes = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def __enter__(self) -> ActivationMeter:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, trace)
+
+    def add(self, tensor: Tensor) -> int:
+        """Count a reference to the tensor's storage; returns the storage's address (0: not counted)."""
+        storage = tensor.untyped_storage()
+        pointer = storage.data_ptr()
+        if pointer == 0 or pointer in self._excluded:
+            return 0
+        count, num_bytes = self._references.get(pointer, (0, storage.nbytes()))
+        self._references[pointer] = (count + 1, num_bytes)
+        if count == 0:
+            self._live_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        return pointer
+
+    def drop(self, pointer: int) -> None:
+        """Release a reference that `add` counted."""
+        if pointer == 0:
+            return
+        count, num_bytes = self._references[pointer]
+        if count == 1:
+            del self._references[pointer]
+            self._live_bytes -= num_bytes
+        else:
+            self._references[pointer] = (count - 1, num_bytes)
+
+    def _pack(self, tensor: Tensor) -> _Kept:
+        return _Kept(self, tensor)
+
+    @staticmethod
+    def _unpack(kept: _Kept) -> Tensor:
+        return kept.tensor

@@ -1,0 +1,63 @@
+"""Adam and AdamW, one fused pass over all slices of a parameter group.
+
+Adam: Kingma & Ba 2015, algorithm 1; weight decay is added to the gradient. AdamW: Loshchilov & Hutter 2019, algorithm 2;
+decay acts on the weight, scaled by the learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trilith.optim.base import FlatPartition, Optimizer, SliceGroup
+
+# After so many steps both corrections 1 - beta^t are exactly 1: how the fused kernel is told to leave them out.
+_NO_CORRECTION_STEP = 1e12
+
+
+@dataclass(frozen=True)
+class AdamOptions:
+    """Adam's constants; `decoupled_decay` makes it AdamW."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled_decay: bool = True
+    bias_correction: bool = True
+
+
+class Adam(Optimizer):
+    """Adam or AdamW. State: `exp_avg` and `exp_avg_sq`, in the master dtype."""
+
+    state_roles = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, partitions: Sequence[FlatPartition], options: AdamOptions) -> None:
+        super().__init__(partitions)
+        self.options = options
+
+    def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
+        lr_mult, decay_mult = group.key
+        options = self.options
+        fused = torch._fused_adamw_ if options.decoupled_decay else torch._fused_adam_
+        step = self.num_steps + 1 if options.bias_correction else _NO_CORRECTION_STEP
+        steps = torch.full((), step, dtype=torch.float32, device=self._device)
+        fused(
+            list(group.parameters),
+            gradients,
+            list(group.states["exp_avg"]),
+            list(group.states["exp_avg_sq"]),
+            [],
+            [steps] * len(gradients),
+            lr=lr * lr_mult,
+            beta1=options.betas[0],
+            beta2=options.betas[1],
+            weight_decay=options.weight_decay * decay_mult,
+            eps=options.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=grad_scale,
+            found_inf=None,
+        )

@@ -1,0 +1,154 @@
+"""How named tensors travel between pipeline ranks: receives posted ahead, sends in flight with their buffers, in order.
+
+A channel is a directed pair of pipeline ranks; what is sent on it arrives in order. Both bounds here (receives posted
+ahead, sends in flight) are relaxations of blocking sends, so a schedule that passed `passes.check` cannot hang in them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from trilith import comm
+from trilith.pipeline.action import RECEIVES, Action, Kind
+from trilith.topology import Topology
+
+Boundary = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype), the same on every rank
+
+RECEIVES_AHEAD = 2  # receives posted beyond the one that a rank's schedule has reached, per channel
+SENDS_IN_FLIGHT = 4  # messages whose buffers are kept before a rank waits for the oldest, per channel
+
+
+class Handle(Protocol):
+    """An operation under way."""
+
+    @property
+    def done(self) -> bool:
+        """True where it is known to be over, without waiting."""
+
+    def wait(self) -> None:
+        """Return when the tensor may be used again (on a GPU: make the current stream wait)."""
+
+
+class Channels(Protocol):
+    """What the executor needs of the machine: asynchronous, ordered messages to and from other pipeline ranks."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where received tensors are to lie."""
+
+    def send(self, tensor: torch.Tensor, peer: int) -> Handle:
+        """Start sending a contiguous tensor to pipeline rank `peer`; the caller keeps it until the handle is done."""
+
+    def receive(self, tensor: torch.Tensor, peer: int) -> Handle:
+        """Start receiving into a contiguous tensor from pipeline rank `peer`."""
+
+
+class GroupChannels:
+    """`Channels` over the topology's two-rank groups, one communicator per directed pair of pipeline ranks."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._rank = topology.coordinate("pp")
+
+    @property
+    def device(self) -> torch.device:
+        """The rank's device."""
+        return self._topology.device
+
+    def send(self, tensor: torch.Tensor, peer: int) -> Handle:
+        """See `Channels`."""
+        return comm.send(tensor, self._topology.channels[self._rank, peer])
+
+    def receive(self, tensor: torch.Tensor, peer: int) -> Handle:
+        """See `Channels`."""
+        return comm.receive(tensor, self._topology.channels[peer, self._rank])
+
+
+def carried(kind: Kind, boundary: Boundary) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The tensors of a message: all of the boundary forward; backward the gradients of those that can have one."""
+    is_forward = kind in (Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
+    return {name: spec for name, spec in boundary.items() if is_forward or spec[1].is_floating_point}
+
+
+class Inbox:
+    """The receives of one run, posted in the channel's order, `RECEIVES_AHEAD` further than the schedule has come."""
+
+    def __init__(self, channels: Channels, actions: Sequence[Action], boundary: Boundary) -> None:
+        self._channels = channels
+        self._boundary = boundary
+        self._unposted: dict[int, deque[Action]] = defaultdict(deque)
+        self._posted: dict[Action, list[tuple[str, torch.Tensor, Handle]]] = {}
+        for action in actions:
+            if action.kind in RECEIVES:
+                assert action.peer is not None
+                self._unposted[action.peer].append(action)
+        for queue in self._unposted.values():
+            for _ in range(min(RECEIVES_AHEAD, len(queue))):
+                self._post(queue.popleft())
+
+    @property
+    def is_empty(self) -> bool:
+        """True when every receive was posted and taken."""
+        return not self._posted and not any(self._unposted.values())
+
+    def _post(self, action: Action) -> None:
+        assert action.peer is not None
+        arriving = []
+        for name, (shape, dtype) in carried(action.kind, self._boundary).items():
+            tensor = torch.empty(shape, dtype=dtype, device=self._channels.device)
+            arriving.append((name, tensor, self._channels.receive(tensor, action.peer)))
+        self._posted[action] = arriving
+
+    def reach(self, action: Action) -> None:
+        """The schedule has come to a receive: let one more of its channel be posted."""
+        assert action.peer is not None
+        queue = self._unposted[action.peer]
+        if queue:
+            self._post(queue.popleft())
+
+    def take(self, action: Action) -> dict[str, torch.Tensor]:
+        """Wait for a receive that was reached, and hand over its tensors."""
+        tensors = {}
+        for name, tensor, handle in self._posted[action]:
+            handle.wait()
+            tensors[name] = tensor
+        del self._posted[action]
+        return tensors
+
+
+class Outbox:
+    """The sends of one run, with their buffers kept until each is done."""
+
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
+        self._flying: dict[int, deque[list[tuple[torch.Tensor, Handle]]]] = defaultdict(deque)
+
+    @property
+    def is_empty(self) -> bool:
+        """True when no send is under way."""
+        return not any(self._flying.values())
+
+    def send(self, tensors: Mapping[str, torch.Tensor], peer: int) -> None:
+        """Start sending a message; where too many are in flight on the channel, wait for the oldest first."""
+        flying = self._flying[peer]
+        while flying and all(handle.done for _, handle in flying[0]):
+            flying.popleft()
+        while len(flying) >= SENDS_IN_FLIGHT:
+            _wait(flying.popleft())
+        contiguous = [tensor.contiguous() for tensor in tensors.values()]
+        flying.append([(tensor, self._channels.send(tensor, peer)) for tensor in contiguous])
+
+    def drain(self) -> None:
+        """Wait until everything is sent."""
+        for flying in self._flying.values():
+            while flying:
+                _wait(flying.popleft())
+
+
+def _wait(message: Sequence[tuple[torch.Tensor, Handle]]) -> None:
+    for _, handle in message:
+        handle.wait()

@@ -1,0 +1,301 @@
+"""The main job: what `trilith train` runs on every rank. Progress, evaluation, checkpoints, a sample, and the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import filelock
+import torch
+
+from trilith import checkpoint, comm, preflight
+from trilith.data.batch import open_tokenizer, prepare_data
+from trilith.errors import CheckpointError, TrilithError
+from trilith.failpoints import Failpoints
+from trilith.models.base import num_parameters
+from trilith.monitor import report
+from trilith.monitor.activations import ActivationMeter
+from trilith.monitor.metrics import EvalRecord, StepRecord
+from trilith.monitor.progress import Progress, human_bytes, human_count, human_time
+from trilith.monitor.sinks import CsvFile, JsonLines, Sinks, TensorBoard
+from trilith.pipeline import timeline
+from trilith.pipeline.simulate import simulate
+from trilith.pipeline.timeline import Record
+from trilith.preflight import Plan
+from trilith.process_groups import join_world, leave_world
+from trilith.trainer import Place, Trainer
+from trilith_launcher import join_from_environment, run_joined
+
+TEMPERATURE = 0.8
+
+
+class Context(Protocol):
+    """How a rank tells its launcher where it is."""
+
+    def position(self, step: int | None = None, stage: int | None = None, phase: str | None = None) -> None:
+        """Note step, stage and phase."""
+
+
+def run_rank(
+    *,
+    rank: int,
+    world_size: int,
+    store_path: str | None,
+    context: Context,
+    config: dict[str, Any],
+) -> None:
+    """One rank of `trilith train`: plan, data, world, trainer, run. `config` is the resolved config as JSON."""
+    plan = preflight.plan(config, world_size=world_size)
+    torch.set_num_threads(plan.config.run.threads)
+    context.position(phase="data")
+    prepare_data(plan.config.data)  # before groups exist: building may take longer than a collective may wait
+    context.position(phase="start")
+    device = plan.config.run.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    here = join_world(rank, world_size, store_path, plan.config.parallel.timeout_s, device)
+    trainer = Trainer(plan, Place(rank, world_size, here), Failpoints.from_environment(rank))
+    context.position(stage=trainer.topology.coordinate("pp"))
+    Run(trainer, context).run()
+    trainer.close()
+    leave_world()
+
+
+class Run:
+    """One rank's main loop. Rank 0 prints, logs and writes; all ranks step together."""
+
+    def __init__(self, trainer: Trainer, context: Context) -> None:
+        self.trainer, self.context, self.config = trainer, context, trainer.config
+        self.control = trainer.topology.control
+        self.directory = Path(self.config.run.directory)
+        self.checkpoints = Path(self.config.checkpoint.directory)
+        self.is_writer = trainer.topology.rank == 0
+        self.last_evaluation: EvalRecord | None = None
+        self.last_step: StepRecord | None = None
+        self.timeline: dict[int, list[Record]] = {}
+        self.activation_bytes = 0
+
+    def run(self) -> None:
+        """Train to the end and write everything that `run.directory` holds afterwards."""
+        self.together(self._claim_directory)
+        self._resume()
+        steps, first = self.config.training.steps, self.trainer.state.step
+        self.progress = Progress(steps, first, self.config.training.log_interval) if self.is_writer else None
+        self.sinks = self._open_sinks(first)
+        self.say(f"{num_parameters(self.trainer.plan.units):,} parameters on {self.control.size} ranks")
+        try:
+            while self.trainer.state.step < steps:
+                self._step(is_last=self.trainer.state.step == steps - 1)
+            if steps % (self.config.training.eval_interval or steps + 1):
+                self._evaluate()
+            self._sample()
+        finally:
+            self.sinks.close()
+            if self.progress is not None:
+                self.progress.close()
+        self._report()
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        if self.progress is not None:
+            self.progress.say(text)
+
+    def together(self, action: Any) -> None:
+        """Run `action` on rank 0; if it fails there, every rank fails with it."""
+        failure = None
+        if self.is_writer:
+            try:
+                action()
+            except (TrilithError, OSError) as error:
+                failure = f"{error}"
+        failure = comm.broadcast_object(failure, 0, self.control)
+        if failure:
+            raise TrilithError(failure)
+
+    # ---- before the first step ------------------------------------------------------------------------------------
+
+    def _claim_directory(self) -> None:
+        """Take the run directory for this process; an earlier run's is moved aside unless this one continues it."""
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.directory.parent / f".{self.directory.name}.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise TrilithError(
+                f"run.directory = {str(self.directory)!r}: another run is writing there. "
+                "Wait for it, or choose another run.directory"
+            ) from None
+        if self.config.checkpoint.resume == "never" and (self.directory / "metrics.jsonl").exists():
+            number = 1
+            while (aside := self.directory.with_name(f"{self.directory.name}.{number}")).exists():
+                number += 1
+            self.directory.rename(aside)
+            print(f"{self.directory} held an earlier run: moved to {aside}", flush=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        resolved = json.dumps(self.trainer.plan.resolved.to_json(), indent=1)
+        (self.directory / "config.resolved.json").write_text(resolved + "\n")
+
+    def _resume(self) -> None:
+        mode = self.config.checkpoint.resume
+        found = checkpoint.newest(self.checkpoints) if mode != "never" and self.is_writer else None
+        found = comm.broadcast_object(None if found is None else str(found), 0, self.control)
+        if found is not None:
+            self.trainer.resume(Path(found))
+        elif mode == "must":
+            raise CheckpointError(f"checkpoint.resume = 'must': no valid checkpoint under {self.checkpoints}")
+        if self.is_writer and mode != "never":
+            print(f"resuming from {found}" if found else f"no checkpoint under {self.checkpoints}: starting fresh")
+
+    def _open_sinks(self, resume_step: int) -> Sinks:
+        if not self.is_writer:
+            return Sinks([])
+        makers: list[Any] = [("metrics.jsonl", partial(JsonLines, self.directory / "metrics.jsonl", resume_step))]
+        board, table = self.config.tensorboard, self.config.csv_monitor
+        if board.enabled:
+            makers.append(("TensorBoard", partial(TensorBoard, Path(board.output_path) / board.job_name)))
+        if table.enabled:
+            makers.append(("CSV", partial(CsvFile, Path(table.output_path) / table.job_name / "metrics.csv")))
+        return Sinks(makers)
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def _step(self, is_last: bool) -> None:
+        self.context.position(step=self.trainer.state.step, phase="train")
+        if is_last:
+            record = self._observed_step()
+        else:
+            record = self.trainer.train_step()
+        self.last_step = record
+        self.sinks.write(record)
+        if self.progress is not None:
+            self.progress.step(record)
+        interval, save = self.config.training.eval_interval, self.config.checkpoint.save_interval
+        if interval and record.step % interval == 0:
+            self._evaluate()
+        if save is not None and (is_last or (save and record.step % save == 0)):
+            self._save()
+
+    def _observed_step(self) -> StepRecord:
+        """A step with its actions and saved activations recorded."""
+        records: list[Record] = []
+        parameters = [p for stage in self.trainer.stages.values() for p in stage.parameters()]
+        with ActivationMeter(parameters) as meter:
+            record = self.trainer.train_step(records)
+        self.activation_bytes = meter.peak_bytes
+        topology = self.trainer.topology
+        shown = topology.dp.index == 0 and topology.tp.index == 0
+        mine = [[str(r.kind), *r[1:]] for r in records] if shown else []
+        for rank, rows in enumerate(comm.gather_objects(mine, self.control)):
+            if rows:
+                self.timeline[topology.degrees.dense.coordinate(rank, "pp")] = [Record(*row) for row in rows]
+        return record
+
+    def _evaluate(self) -> None:
+        if self.trainer.eval_data is None:
+            return
+        self.context.position(phase="evaluate")
+        self.last_evaluation = self.trainer.evaluate()
+        self.sinks.write(self.last_evaluation)
+        if self.progress is not None:
+            self.progress.evaluation(self.last_evaluation)
+
+    def _save(self) -> None:
+        self.context.position(phase="checkpoint")
+        try:
+            path = self.trainer.save(self.checkpoints)
+        except CheckpointError as error:
+            self.say(f"warning: {error}")  # a full disk must not end a run; the earlier checkpoints are untouched
+        else:
+            self.say(f"checkpoint {path}")
+
+    # ---- after the last step --------------------------------------------------------------------------------------
+
+    def _sample(self) -> None:
+        """Print a short continuation of `training.generate_prompt`."""
+        count = self.config.training.generate_tokens
+        tokenizer = open_tokenizer(self.config.data) if count else None
+        if tokenizer is None:
+            return
+        self.context.position(phase="generate")
+        prompt = self.config.training.generate_prompt
+        tokens = generate(self.trainer, tokenizer.encode(prompt) or [tokenizer.eod], count)
+        text = tokenizer.decode(tokens)
+        self.say(f"sample after {self.trainer.state.step} steps:\n{text}")
+        if self.is_writer:
+            (self.directory / "sample.txt").write_text(text + "\n")
+
+    def _report(self) -> None:
+        """Gather memory by category from every rank; rank 0 writes report.html and report.png."""
+        mine = {**self.trainer.model.memory_bytes(), "activations": self.activation_bytes}
+        everyone = comm.gather_objects(mine, self.control)
+        if not self.is_writer or not self.timeline:
+            return
+        categories = {name: [rank[name] for rank in everyone] for name in mine}
+        steps, evaluations = report.read_metrics(self.directory / "metrics.jsonl")
+        panels = [report.loss_panel(steps, evaluations), *self._timeline_panels(), report.memory_panel(categories)]
+        tables = {"Memory per rank by category": report.memory_rows(categories)}
+        report.write(self.directory, report.Report(str(self.directory), self._figures(steps), panels, tables))
+        print(f"report {self.directory / 'report.html'}", flush=True)
+
+    def _timeline_panels(self) -> list[report.Panel]:
+        plan = self.trainer.plan
+        measured = timeline.measured_bars(self.timeline)
+        simulated = simulate(plan.schedule, timeline.measured_costs(self.timeline, plan.schedule.num_stages))
+        height = 0.6 + 0.45 * plan.config.parallel.pipeline
+        titles = ("Pipeline of the last step, measured (s)", "the same, simulated from the measured action times (s)")
+        return [
+            report.Panel(title, partial(timeline.draw, bars=bars, title=title), height)
+            for title, bars in zip(titles, (measured, simulated.bars), strict=True)
+        ]
+
+    def _figures(self, steps: Sequence[dict[str, Any]]) -> dict[str, str]:
+        """The headline figures of the report."""
+        assert self.last_step is not None
+        figures = {
+            "parameters": human_count(num_parameters(self.trainer.plan.units)),
+            "steps": str(self.last_step.step),
+            "first loss": f"{steps[0]['loss']:.3f}",
+            "last loss": f"{self.last_step.loss:.3f}",
+        }
+        if self.last_evaluation is not None:
+            figures["eval_loss"] = f"{self.last_evaluation.eval_loss:.3f}"
+        rates = sorted(record["tokens_per_s"] for record in steps)
+        figures["tokens/s (median)"] = human_count(rates[len(rates) // 2])
+        figures["training time"] = human_time(sum(record["step_time_s"] for record in steps))
+        figures["peak memory of a rank"] = human_bytes(self.last_step.memory_peak_bytes)
+        return figures
+
+
+def generate(trainer: Trainer, prompt: Sequence[int], count: int) -> list[int]:
+    """`prompt` continued by `count` tokens drawn at temperature 0.8, the same on every rank. All ranks call it.
+
+    Every token is a forward over the whole window of S tokens (the newest ones), on the training stages.
+    """
+    topology, length = trainer.topology, trainer.config.model.sequence_length
+    dense = topology.degrees.dense
+    source = dense.rank_of((topology.degrees.pipeline - 1, *(0,) * (len(dense.axes) - 1)))
+    draw = torch.Generator().manual_seed(trainer.config.training.seed)
+    tokens = list(prompt)
+    for _ in range(count):
+        window = tokens[-length:]
+        padded = torch.tensor([window + [0] * (length - len(window))], device=topology.device)
+        logits = trainer.logits(padded, len(window) - 1)
+        chosen = None
+        if topology.rank == source:
+            assert logits is not None
+            odds = torch.softmax(logits.double().cpu() / TEMPERATURE, 0)
+            chosen = int(torch.multinomial(odds, 1, generator=draw))
+        tokens.append(comm.broadcast_object(chosen, source, topology.control))
+    return tokens
+
+
+def main_under_torchrun(plan: Plan) -> int:
+    """This process's part of a run that torchrun started; returns its exit code."""
+    joined = join_from_environment()
+    if joined is None:
+        print("RANK is set but torchrun's other variables are not", file=sys.stderr)
+        return 2
+    return run_joined(joined, "trilith.runner:run_rank", {"config": plan.resolved.to_json()["config"]})

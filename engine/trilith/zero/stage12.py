@@ -1,0 +1,319 @@
+"""A rank's stages with their weights, gradients and optimizer states: data parallel (0) or partitioned states (ZeRO-1).
+
+Every unit has one flat buffer of weights and one of gradients; the optimizer works on this rank's partition of them, which
+at stage 0 is all of it. A step is: gradients reduced (by `gradients.py`, mostly while backward runs), one global norm,
+one fused optimizer call, weights rounded and gathered. Rajbhandari et al. 2020 (ZeRO), section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilith import comm
+from trilith.models.families import declare
+from trilith.optim.base import OptimizerFactory
+from trilith.optim.clip import clip_factor
+from trilith.optim.groups import GroupOf, multipliers
+from trilith.optim.make import make_optimizer
+from trilith.precision import LossScaler, PrecisionPolicy
+from trilith.sharding import ShardSpec
+from trilith.topology import Group, Topology
+from trilith.zero.flat import DeclaredModule, FlatUnit, make_unit, move_buffers
+from trilith.zero.gradients import GradientReducer
+from trilith.zero.partition import (
+    flat_unit_names,
+    partition_specs,
+    tied_flat_units,
+    unit_layouts,
+    with_copies,
+)
+
+StateEntry = tuple[str, ShardSpec, Tensor]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What ZeRO must know of the whole model, beyond this rank's stages, and of the optimizer.
+
+    `unit_names`: every flat unit of the model, in one order for all ranks and layouts; the norm is summed in it.
+    `tied_units`: those that two stages hold. `group_of`: a tensor's parameter group.
+    """
+
+    unit_names: tuple[str, ...]
+    tied_units: frozenset[str]
+    group_of: GroupOf
+    make_optimizer: OptimizerFactory
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step did. `grad_norm` is global, of unscaled gradients, before clipping; `loss_scale` the one it ran with."""
+
+    grad_norm: float
+    skipped: bool
+    loss_scale: float
+
+
+def sharding_of(config: Any) -> Sharding:
+    """The Sharding of a resolved Config with a `model` section."""
+    units = declare(config.model)
+    return Sharding(
+        unit_names=flat_unit_names(units),
+        tied_units=tied_flat_units(units),
+        group_of=multipliers(config.optimizer.param_groups),
+        make_optimizer=make_optimizer(config.optimizer),
+    )
+
+
+class StageParameters:
+    """The pipeline executor's view of one stage's parameters (`pipeline.stage.StageParameters`)."""
+
+    def __init__(self, model: ShardedModel, stage: int) -> None:
+        self._model, self._stage = model, stage
+
+    def gather(self) -> None:
+        """Weights are whole on every data rank at stages 0 and 1: nothing to bring."""
+
+    def release(self) -> None:
+        """Weights stay whole: nothing to give up."""
+
+    def begin_backward(self, final: bool) -> None:
+        """A backward of this stage begins; `final`: the last of the step."""
+        self._model.zero_stale_gradients()
+        self._model.reducer.begin_backward(self._stage, final)
+
+    def reduce(self) -> None:
+        """All gradients of this stage are complete: launch the reductions that are left."""
+        self._model.reducer.reduce(self._stage)
+
+    def tie_reduce(self) -> None:
+        """Sum the gradients of weights that the first and the last stage share."""
+        self._model.reducer.tie_reduce(self._stage)
+
+
+class ShardedModel:
+    """Owns what a rank stores of its stages; every rank of the world must make the same calls in the same order."""
+
+    def __init__(
+        self,
+        stages: Mapping[int, DeclaredModule],
+        topology: Topology,
+        policy: PrecisionPolicy,
+        config: Any,
+        sharding: Sharding | None = None,
+    ) -> None:
+        """Allocate buffers on `topology.device` and make every module's parameters views of them.
+
+        Parameters of modules on the meta device have no values until `assign` has given each its own. `config` is the
+        resolved Config; `sharding` is taken from its `model` section if not given.
+        """
+        zero = config.zero_optimization
+        self.topology, self.policy, self.device = topology, policy, topology.device
+        self.sharding = sharding or sharding_of(config)
+        self.scaler = LossScaler.from_config(config)
+        self._max_norm = config.gradient_clipping
+        self._partitioned = zero.stage >= 1 and topology.dp.size > 1
+        self._stages = dict(stages)
+        self._units: dict[int, tuple[FlatUnit, ...]] = {}
+        self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
+        self._buffer_bytes = 0
+        for index, module in stages.items():
+            self._materialise(index, module)
+        self.units = tuple(unit for units in self._units.values() for unit in units)
+        self._unit_index = {name: i for i, name in enumerate(self.sharding.unit_names)}
+        self.optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
+        self.reducer = GradientReducer(
+            self._units,
+            topology,
+            policy,
+            tied_units=self.sharding.tied_units,
+            overlap=zero.overlap_comm,
+            bucket_numel=zero.reduce_bucket_size,
+        )
+        self._stale = False
+
+    def _materialise(self, index: int, module: DeclaredModule) -> None:
+        """Buffers of one stage. Frozen parameters have weights only, and no partition."""
+        named = dict(module.named_parameters(remove_duplicate=False))
+        trained = [p for p in module.local_parameters if named[p.name].requires_grad]
+        frozen = [p for p in module.local_parameters if not named[p.name].requires_grad]
+        degree = self.topology.dp.size if self._partitioned else 1
+        rank = self.topology.dp.index if self._partitioned else 0
+        self._units[index] = tuple(
+            make_unit(index, layout, rank, module, self.device, self.policy)
+            for layout in unit_layouts(trained, degree, self.sharding.group_of)
+        )
+        self._frozen[index] = tuple(
+            make_unit(index, layout, 0, module, self.device, self.policy, frozen=True)
+            for layout in unit_layouts(frozen, 1, self.sharding.group_of)
+        )
+        self._buffer_bytes += move_buffers(module, self.device)
+
+    # ---- values -------------------------------------------------------------------------------------------------
+
+    def assign(self, stage: int, name: str, value: Tensor) -> None:
+        """Set the local parameter `name` of `stage` to `value` (its local shape): rounded in the model, exact in the
+        master weights."""
+        for unit in (*self._units[stage], *self._frozen[stage]):
+            for place in unit.layout.placed:
+                if place.parameter.name == name:
+                    assert tuple(value.shape) == place.parameter.shape, (name, value.shape)
+                    unit.assign(place.offset, value)
+                    return
+        raise KeyError(f"stage {stage} has no parameter {name}")
+
+    def stage(self, index: int) -> StageParameters:
+        """What the pipeline executor needs of the parameters of stage `index`."""
+        return StageParameters(self, index)
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of the next backward must be multiplied by."""
+        return self.scaler.loss_scale
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps taken, skipped ones not counted: the argument of the learning-rate function."""
+        return self.optimizer.num_steps
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        torch._foreach_zero_([unit.gradient for unit in self.units])
+        self._stale = False
+
+    def zero_stale_gradients(self) -> None:
+        """Forget the gradients of a step that has been taken; called before each backward."""
+        if self._stale:
+            self.zero_grad()
+
+    def finish(self) -> None:
+        """Wait for all reductions. Each rank's partition of the gradients is then final: summed over all ranks."""
+        self.reducer.finish()
+
+    def grad_norm(self) -> float:
+        """Global L2 norm of the reduced gradients as they are (loss scale included), each element counted once.
+
+        The sum runs over a vector with one float64 per flat unit of the whole model, in one order for every pipeline
+        layout, so that the layout of stages does not change a bit. Not finite if any gradient of any rank is not.
+        """
+        squares = torch.zeros(len(self._unit_index), dtype=torch.float64, device=self.device)
+        for unit in self.units:
+            squares[self._unit_index[unit.layout.name]] += unit.sum_of_squares()
+        groups = [self.topology.tp, self.topology.pp]
+        for group in [self.topology.dp, *groups] if self._partitioned else groups:
+            squares = _sum_in_rank_order(squares, group)
+        return float(squares.sum().sqrt())
+
+    def step(self, lr: float) -> StepOutcome:
+        """One optimizer step with learning rate `lr`, clipped by the global norm, on gradients that are complete.
+
+        With fp16, and with bf16 where it is checked, a step with a gradient that is not finite is skipped on all ranks.
+        Raises TrilithError if the loss scale cannot fall further.
+        """
+        self.finish()
+        scale = self.scaler.loss_scale
+        norm = self.grad_norm() / scale
+        skipped = self.policy.check_overflow and not isfinite(norm)
+        if not skipped:
+            factor = clip_factor(norm, self._max_norm)
+            self.optimizer.step(lr, scale / factor if factor else inf)
+            self._publish_weights()
+        self._stale = True
+        self.scaler.update(skipped)
+        return StepOutcome(norm, skipped, scale)
+
+    def _publish_weights(self) -> None:
+        """Bring the updated weights into the modules of all data ranks."""
+        handles = []
+        for unit in self.units:
+            unit.round_master()
+            if self._partitioned:
+                handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, async_op=True))
+        for handle in handles:
+            handle.wait()
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def state_entries(self) -> list[StateEntry]:
+        """(role, spec, 1-D tensor) of everything a checkpoint keeps of this rank, to be filled in place when loading.
+
+        Role `master` for the optimizer's weights, or `weight` where the module's own serve as such, and one role per
+        state of the optimizer. Offsets in a spec count from the beginning of its tensor. Where several ranks hold the
+        same, replica 0 marks the one that owns it.
+        """
+        entries: list[StateEntry] = []
+        for unit, state in zip(self.units, self.optimizer.state, strict=True):
+            tensors = {"master" if unit.has_master else "weight": unit.master, **state}
+            for role, tensor in tensors.items():
+                entries.extend(self._entries(unit, role, tensor))
+        for units in self._frozen.values():
+            for unit in units:
+                entries.extend(self._entries(unit, "weight", unit.weight))
+        return entries
+
+    def owned_entries(self) -> list[StateEntry]:
+        """Those of `state_entries` that hold something this rank must save."""
+        return [e for e in self.state_entries() if any(piece.replica == 0 for piece in e[1].pieces)]
+
+    def gradient_entries(self) -> list[StateEntry]:
+        """(role `gradient`, spec, 1-D tensor) of this rank's partition of the gradients, for tools, after `finish`.
+
+        They are those of the scaled loss.
+        """
+        return [entry for unit in self.units for entry in self._entries(unit, "gradient", unit.own_gradient)]
+
+    def _entries(self, unit: FlatUnit, role: str, tensor: Tensor) -> Iterator[StateEntry]:
+        dp = self.topology.dp
+        for spec in partition_specs(unit.layout, unit.start, unit.stop, role):
+            shared = unit.layout.degree == 1 and dp.size > 1
+            yield role, with_copies(spec, dp.index, dp.size) if shared else spec, tensor
+
+    def after_load(self) -> None:
+        """Bring the modules' weights up to date after the tensors of `state_entries` were filled."""
+        self._publish_weights()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scalars that a checkpoint keeps, JSON-able; the same on every rank."""
+        return {"optimizer": self.optimizer.state_dict(), "loss_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["loss_scaler"])
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes this rank stores, by category: parameters, gradients, optimizer (masters and moments), buffers."""
+        frozen = [unit for units in self._frozen.values() for unit in units]
+        masters = [unit.master for unit in self.units if unit.has_master]
+        moments = [tensor for state in self.optimizer.state for tensor in state.values()]
+        return {
+            "parameters": _bytes([unit.weight for unit in (*self.units, *frozen)]),
+            "gradients": _bytes([unit.gradient for unit in self.units]),
+            "optimizer": _bytes([*masters, *moments]),
+            "buffers": self._buffer_bytes,
+        }
+
+    def close(self) -> None:
+        """Remove all hooks and gradients; the modules keep their weights."""
+        self.reducer.close()
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _sum_in_rank_order(vector: Tensor, group: Group) -> Tensor:
+    """The sum of a small vector over a group, the same bits on every rank."""
+    if group.size == 1:
+        return vector
+    gathered = vector.new_empty(group.size * vector.numel())
+    comm.all_gather(gathered, vector, group).wait()
+    return gathered.view(group.size, -1).sum(0)

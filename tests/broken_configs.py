@@ -1,0 +1,247 @@
+"""Broken configurations as users write them, each with the key that the one message about it must name.
+
+Unit tests load and resolve them; the command-line tests run `trilith check` on the same files. Cases of stage "preflight"
+are well formed: only the layout over ranks shows that they cannot run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BrokenConfig:
+    """`source`: the text of the file, a mapping to write as JSON, or None for a file that does not exist.
+
+    `key`: the path that the message names. `hint`: text that its advice contains. `stage`: who refuses it.
+    """
+
+    name: str
+    source: str | Mapping[str, Any] | None
+    key: str
+    hint: str = ""
+    stage: str = "config"
+
+    def write(self, directory: Path) -> Path:
+        """Puts the case into `directory` and returns the file's path."""
+        path = directory / f"{self.name}.json"
+        if self.source is not None:
+            text = self.source if isinstance(self.source, str) else json.dumps(self.source, indent=1)
+            path.write_text(text, encoding="utf-8")
+        return path
+
+
+def valid_config() -> dict[str, Any]:
+    """A small configuration in which nothing is wrong: data 2 x pipeline 2 x tensor 2."""
+    return {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_type": "linear"}},
+        "zero_optimization": {"stage": 1},
+        "parallel": {"data": 2, "pipeline": 2, "tensor": 2},
+        "pipeline": {"schedule": "1f1b"},
+        "model": {
+            "family": "gpt2",
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "sequence_length": 16,
+            "vocab_size": 64,
+        },
+        "data": {"corpus": "synthetic"},
+        "training": {"steps": 20},
+    }
+
+
+def edited(changes: Mapping[str, Any], without: str = "") -> dict[str, Any]:
+    """`valid_config` with values set by dotted path, and one key left out."""
+    tree = valid_config()
+    for path, value in changes.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = copy.deepcopy(value)
+    if without:
+        *parents, name = without.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        del node[name]
+    return tree
+
+
+def _wrong(name: str, key: str, value: Any, hint: str = "") -> BrokenConfig:
+    """One value set that makes the same key wrong."""
+    return BrokenConfig(name, edited({key: value}), key, hint)
+
+
+def _preflight(name: str, key: str, changes: Mapping[str, Any]) -> BrokenConfig:
+    return BrokenConfig(name, edited(changes), key, stage="preflight")
+
+
+def _text(old: str, new: str) -> str:
+    text = json.dumps(valid_config(), indent=1)
+    assert old in text
+    return text.replace(old, new, 1)
+
+
+SGD = {"type": "SGD", "params": {"lr": 0.1, "nesterov": True}}
+
+FILES = (
+    BrokenConfig("missing_file", None, "CONFIG", "no such file"),
+    BrokenConfig("empty_file", "", ":1:1", "empty"),
+    BrokenConfig("trailing_comma", '{\n "training": {"steps": 20},\n}\n', ":3:1", "comma"),
+    BrokenConfig("comment", '{\n // steps\n "training": {"steps": 20}\n}\n', ":2:2", "no comments"),
+    BrokenConfig("single_quotes", "{'training': {'steps': 20}}", ":1:2", "double quotes"),
+    BrokenConfig("python_true", '{"wall_clock_breakdown": True}', ":1:26", "true, false and null"),
+    BrokenConfig("cut_short", '{"training": {"steps": 20}', ":1:27", "not closed"),
+    BrokenConfig("a_list", "[1, 2]", "a_list.json", "one JSON object"),
+    BrokenConfig("duplicate_key", _text('"steps": 20', '"steps": 20, "steps": 30'), "training.steps", "duplicate"),
+    BrokenConfig("not_a_number", _text('"lr": 0.001', '"lr": NaN'), "optimizer.params.lr", "finite"),
+    BrokenConfig("infinity", _text('"steps": 20', '"steps": 1e999'), "training.steps", "finite"),
+)
+
+TYPOS = (
+    _wrong("typo_in_section", "parallel.tensr", 2, "Did you mean parallel.tensor?"),
+    _wrong("typo_at_top", "train_batch_sise", 16, "Did you mean train_batch_size?"),
+    BrokenConfig(
+        "typo_in_section_name",
+        edited({"modle": valid_config()["model"]}, without="model"),
+        "modle",
+        "Did you mean model?",
+    ),
+    BrokenConfig(
+        "typo_in_required_key",
+        edited({"model.num_layer": 4}, without="model.num_layers"),
+        "model.num_layer",
+        "Did you mean model.num_layers?",
+    ),
+    _wrong("key_of_another_engine", "learning_rate", 1e-3, "Did you mean optimizer.params.lr?"),
+    _wrong("section_folded_into_name", "zero_stage", 1, "Did you mean zero_optimization.stage?"),
+    _wrong("key_in_wrong_section", "parallel.schedule", "1f1b", "Did you mean pipeline.schedule?"),
+    _wrong("key_of_another_optimizer", "optimizer.params.momentum", 0.9, "AdamW takes lr, betas"),
+    _wrong("typo_in_choice", "pipeline.schedule", "1fb1", 'Did you mean "1f1b"?'),
+    _wrong("dtype_spelt_out", "data_types.param_dtype", "bfloat16", 'Did you mean "bf16"?'),
+    _wrong("unknown_optimizer", "optimizer.type", "AdamX", "must be one of 'AdamW'"),
+)
+
+TYPES = (
+    _wrong("number_in_quotes", "training.steps", "20", "Write it without quotes: 20."),
+    _wrong("fractional_count", "model.num_layers", 4.5, "whole number"),
+    _wrong("bool_for_count", "parallel.tensor", True, "whole number"),
+    _wrong("bool_in_quotes", "parallel.sequence_parallel", "true", "Write it without quotes: true."),
+    _wrong("section_is_a_number", "model", 4, "must be an object"),
+    _wrong("zero_degree", "parallel.pipeline", 0, "at least 1"),
+    _wrong("negative_seed", "training.seed", -1, "at least 0"),
+    _wrong("dropout_of_one", "model.dropout", 1.0, "less than 1"),
+    BrokenConfig("beta_out_of_range", edited({"optimizer.params.betas": [0.9, 1.5]}), "optimizer.params.betas[1]"),
+    _wrong("auto_where_none_is", "training.steps", "auto", "whole number"),
+    BrokenConfig("missing_heads", edited({}, without="model.num_heads"), "model.num_heads", "is required"),
+    BrokenConfig("missing_lr", edited({}, without="optimizer.params.lr"), "optimizer.params.lr", "is required"),
+    BrokenConfig("missing_model", edited({}, without="model"), "model", "is required"),
+    BrokenConfig("missing_steps", edited({}, without="training"), "training.steps", "at least 1"),
+    BrokenConfig("missing_data", edited({}, without="data"), "data", "data.corpus"),
+)
+
+BATCH = (
+    _wrong("indivisible_batch", "train_batch_size", 15, "train_batch_size 12 or 16"),
+    BrokenConfig(
+        "batch_product",
+        edited({"gradient_accumulation_steps": 3}),
+        "train_batch_size",
+        "train_batch_size 12, or gradient_accumulation_steps 4",
+    ),
+    BrokenConfig(
+        "no_batch",
+        edited({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}),
+        "train_batch_size",
+        "Give train_batch_size or train_micro_batch_size_per_gpu",
+    ),
+    _wrong("indivisible_evaluation_batch", "training.eval_batch_size", 6, "Use 4 or 8."),
+)
+
+CONTRADICTIONS = (
+    BrokenConfig("two_half_precisions", edited({"fp16.enabled": True, "bf16.enabled": True}), "bf16.enabled"),
+    BrokenConfig(
+        "dtype_against_switch",
+        edited({"fp16.enabled": True, "data_types.param_dtype": "bf16"}),
+        "data_types.param_dtype",
+    ),
+    BrokenConfig(
+        "narrow_accumulation",
+        edited({"data_types.grad_accum_dtype": "bf16"}),
+        "data_types.grad_accum_dtype",
+    ),
+    _wrong("indivisible_heads", "model.num_heads", 5, "hidden_size 30 or 35"),
+    _wrong("indivisible_kv_heads", "model.num_kv_heads", 3, "One of 1, 2, 4."),
+    _wrong("virtual_stages_without_interleaving", "pipeline.virtual_stages", 2, "interleaved_1f1b"),
+    BrokenConfig(
+        "virtual_stages_without_pipeline",
+        edited({"pipeline": {"schedule": "interleaved_1f1b", "virtual_stages": 2}, "parallel.pipeline": 1}),
+        "pipeline.virtual_stages",
+    ),
+    BrokenConfig("two_data_sources", edited({"data.paths": ["a"]}), "data.paths", "Keep one."),
+    BrokenConfig(
+        "data_set_without_vocabulary",
+        edited({"data": {"paths": ["a"]}}, without="model.vocab_size"),
+        "model.vocab_size",
+    ),
+    BrokenConfig(
+        "vocabulary_too_small",
+        edited({"data": {"corpus": "python-stdlib"}}),
+        "model.vocab_size",
+        "data.tokenizer.vocab_size 4096",
+    ),
+    BrokenConfig("nesterov_without_momentum", edited({"optimizer": SGD}), "optimizer.params.nesterov"),
+    _wrong("warmup_downwards", "scheduler.params.warmup_min_lr", 0.5),
+    BrokenConfig(
+        "warmup_too_long",
+        edited({"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 30}}}),
+        "scheduler.params.warmup_num_steps",
+        "total_num_steps 20",
+    ),
+    BrokenConfig("swiglu_in_gpt2", edited({"model.activation": "swiglu"}), "model.activation"),
+    _wrong("context_parallel", "parallel.context", 2, "only 1"),
+)
+
+REFUSED = (
+    _wrong("zero_3", "zero_optimization.stage", 3, "not built yet"),
+    BrokenConfig(
+        "offload",
+        edited({"zero_optimization.offload_optimizer": {"device": "cpu", "pin_memory": True}}),
+        "zero_optimization.offload_optimizer.device",
+    ),
+    _wrong("apex", "amp.enabled", True, "bf16.enabled"),
+    _wrong("one_bit_adam", "optimizer.type", "OneBitAdam", "AdamW"),
+    _wrong("typo_in_deepspeed_block", "flops_profiler.profil_step", 3, "profile_step"),
+)
+
+PREFLIGHT = (
+    _preflight("heads_over_tensor", "model.num_heads", {"parallel": {"tensor": 8}}),
+    _preflight("ffn_over_tensor", "model.ffn_hidden_size", {"model.ffn_hidden_size": 33}),
+    _preflight(
+        "sequence_over_tensor",
+        "model.sequence_length",
+        {"parallel.sequence_parallel": True, "model.sequence_length": 15},
+    ),
+    _preflight("more_stages_than_layers", "model.num_layers", {"parallel": {"pipeline": 8}}),
+    _preflight("partition_of_other_length", "pipeline.partition", {"pipeline.partition": [1, 1, 2]}),
+    _preflight("partition_of_other_sum", "pipeline.partition", {"pipeline.partition": [1, 2]}),
+)
+
+BROKEN_CONFIGS: tuple[BrokenConfig, ...] = (
+    *FILES,
+    *TYPOS,
+    *TYPES,
+    *BATCH,
+    *CONTRADICTIONS,
+    *REFUSED,
+    *PREFLIGHT,
+)

@@ -1,0 +1,32 @@
+"""What every test gets: one torch thread, GPU tests skipped where there is no GPU, the fork server ended at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import harness
+
+
+def pytest_configure() -> None:
+    """Ranks and tests share few cores: more than one thread each only makes them wait for each other."""
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine without CUDA."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> Iterator[None]:
+    """End the fork server with the session."""
+    yield
+    harness.close_server()
