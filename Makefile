@@ -4,7 +4,7 @@ BIN := .venv/bin
 SET ?=
 overrides = $(foreach s,$(SET),--set $(s))
 
-.PHONY: setup train test check matrix bench gpu clean
+.PHONY: setup train test check matrix bench gpu gpu-deps clean
 
 train: setup
 	$(BIN)/trilith train configs/quickstart.json $(overrides)
@@ -27,6 +27,10 @@ bench: setup
 # On a machine with a CUDA device: the parity suite and the GPU tests, with the Python that is there (nothing is downloaded).
 gpu:
 	sh benchmarks/gpu.sh
+
+# Wheels for an offline GPU machine with Python 3.12: everything but torch and numpy, which it has.
+gpu-deps:
+	$(PYTHON) -m pip install --quiet --target .deps --python-version 3.12 --only-binary=:all: --no-deps -r benchmarks/gpu-deps.txt
 
 setup: .venv/.ready
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -100,23 +100,21 @@ def covering_array(seed: int = 7) -> list[Cell]:
             start = dict(zip(("data", "pipeline", "tensor"), layouts.pop(), strict=True))
         else:
             start = dict(min(missing, key=str))
-        best = max((_complete(dict(start), missing, draw) for _ in range(20)), key=lambda v: _gain(v, missing))
+        trials = [complete(dict(start), draw, missing.__contains__) for _ in range(20)]
+        best = max(trials, key=lambda values: sum(pair in missing for pair in _pairs(values)))
         missing -= set(_pairs(best))
         cells.append(_cell(best))
     return cells
 
 
-def _gain(values: dict[str, Any], missing: set[Any]) -> int:
-    return sum(pair in missing for pair in _pairs(values))
-
-
-def _complete(values: dict[str, Any], missing: set[Any], draw: random.Random) -> dict[str, Any]:
+def complete(values: dict[str, Any], draw: random.Random, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """Choose the axes that `values` leaves open, each with the value that adds most `wanted` pairs."""
     order = [axis for axis in AXES if axis[0] not in values]
     draw.shuffle(order)
     for name, choices in order:
-        fitting = [choice for choice in choices if allowed({**values, name: choice})]
+        fitting = [choice for choice in choices if allowed({**values, name: choice})] or [choices[0]]
         draw.shuffle(fitting)
-        values[name] = max(fitting, key=lambda choice, name=name: _gain({**values, name: choice}, missing))
+        values[name] = max(fitting, key=lambda choice, name=name: sum(map(wanted, _pairs({**values, name: choice}))))
     return values
 
 

@@ -24,7 +24,7 @@ LINES = (
     ("pipeline", "optim", "checkpoint", "data", "monitor", "peft"),
     ("models",),
     ("layers",),
-    ("comm", "precision"),
+    ("comm", "precision", "host_memory"),
     ("process_groups", "rng"),
     ("kernels",),
     ("sharding", "topology"),

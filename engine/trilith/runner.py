@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from trilith.pipeline.timeline import Record
 from trilith.preflight import Plan
 from trilith.process_groups import join_world, leave_world
 from trilith.trainer import Place, Trainer
-from trilith_launcher import join_from_environment, run_joined
+from trilith_launcher import JoinedRank, run_joined
 
 TEMPERATURE = 0.8
 
@@ -51,6 +52,9 @@ def run_rank(
     """One rank of `trilith train`: plan, data, world, trainer, run. `config` is the resolved config as JSON."""
     plan = preflight.plan(config, world_size=world_size)
     torch.set_num_threads(plan.config.run.threads)
+    logging.basicConfig(
+        level=plan.config.log_level.upper(), format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s"
+    )
     context.position(phase="data")
     prepare_data(plan.config.data)  # before groups exist: building may take longer than a collective may wait
     context.position(phase="start")
@@ -134,20 +138,28 @@ class Run:
                 number += 1
             self.directory.rename(aside)
             print(f"{self.directory} held an earlier run: moved to {aside}", flush=True)
+        saves = self.config.checkpoint.save_interval is not None
+        if saves and self.config.checkpoint.resume == "never" and checkpoint.newest(self.checkpoints) is not None:
+            raise TrilithError(
+                f"checkpoint.directory = {str(self.checkpoints)!r}: holds the checkpoints of an earlier run. "
+                "Set checkpoint.resume to 'auto' to continue it, or choose another directory"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         resolved = json.dumps(self.trainer.plan.resolved.to_json(), indent=1)
         (self.directory / "config.resolved.json").write_text(resolved + "\n")
 
     def _resume(self) -> None:
         mode = self.config.checkpoint.resume
-        found = checkpoint.newest(self.checkpoints) if mode != "never" and self.is_writer else None
+        found = checkpoint.newest(self.checkpoints, print) if mode != "never" and self.is_writer else None
         found = comm.broadcast_object(None if found is None else str(found), 0, self.control)
         if found is not None:
             self.trainer.resume(Path(found))
         elif mode == "must":
             raise CheckpointError(f"checkpoint.resume = 'must': no valid checkpoint under {self.checkpoints}")
         if self.is_writer and mode != "never":
-            print(f"resuming from {found}" if found else f"no checkpoint under {self.checkpoints}: starting fresh")
+            print(
+                f"resuming from {found}" if found else f"no valid checkpoint under {self.checkpoints}: starting fresh"
+            )
 
     def _open_sinks(self, resume_step: int) -> Sinks:
         if not self.is_writer:
@@ -157,7 +169,9 @@ class Run:
         if board.enabled:
             makers.append(("TensorBoard", partial(TensorBoard, Path(board.output_path) / board.job_name)))
         if table.enabled:
-            makers.append(("CSV", partial(CsvFile, Path(table.output_path) / table.job_name / "metrics.csv")))
+            makers.append(
+                ("CSV", partial(CsvFile, Path(table.output_path) / table.job_name / "metrics.csv", resume_step))
+            )
         return Sinks(makers)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -225,7 +239,7 @@ class Run:
         text = tokenizer.decode(tokens)
         self.say(f"sample after {self.trainer.state.step} steps:\n{text}")
         if self.is_writer:
-            (self.directory / "sample.txt").write_text(text + "\n")
+            (self.directory / "sample.txt").write_text(text + "\n", encoding="utf-8")
 
     def _report(self) -> None:
         """Gather memory by category from every rank; rank 0 writes report.html and report.png."""
@@ -257,7 +271,7 @@ class Run:
         figures = {
             "parameters": human_count(num_parameters(self.trainer.plan.units)),
             "steps": str(self.last_step.step),
-            "first loss": f"{steps[0]['loss']:.3f}",
+            "first loss": f"{steps[0]['loss'] or nan:.3f}",
             "last loss": f"{self.last_step.loss:.3f}",
         }
         if self.last_evaluation is not None:
@@ -292,10 +306,6 @@ def generate(trainer: Trainer, prompt: Sequence[int], count: int) -> list[int]:
     return tokens
 
 
-def main_under_torchrun(plan: Plan) -> int:
+def run_under_torchrun(joined: JoinedRank, plan: Plan) -> int:
     """This process's part of a run that torchrun started; returns its exit code."""
-    joined = join_from_environment()
-    if joined is None:
-        print("RANK is set but torchrun's other variables are not", file=sys.stderr)
-        return 2
     return run_joined(joined, "trilith.runner:run_rank", {"config": plan.resolved.to_json()["config"]})

@@ -19,6 +19,7 @@ from trilith import build, checkpoint, comm
 from trilith.data.batch import Batches, open_batches
 from trilith.errors import CheckpointError
 from trilith.failpoints import Failpoints
+from trilith.host_memory import HostMemory
 from trilith.models.base import train_flops_per_token
 from trilith.models.batch import Microbatch
 from trilith.monitor.metrics import EvalRecord, StepRecord, peak_memory_bytes
@@ -55,6 +56,15 @@ class Place:
     device: torch.device = CPU
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """A step between its backward and its update: when it began, its global target tokens, this rank's losses."""
+
+    marks_s: tuple[float, ...]
+    tokens: int
+    losses: Sequence[Tensor]
+
+
 class Trainer:
     """One rank's part of a run. Every rank of the world makes one from the same plan and calls the same methods."""
 
@@ -84,6 +94,7 @@ class Trainer:
         self.train_data = self._open("train")
         self.eval_data = self._open("valid") if self.config.training.eval_batches else None
         self.state = TrainState()
+        self.host_memory = HostMemory()
         self.flops_per_token = {causal: train_flops_per_token(plan.units, causal) for causal in (True, False)}
 
     # ---- one training step --------------------------------------------------------------------------------------
@@ -93,10 +104,18 @@ class Trainer:
 
         `recorder`, where given, collects this rank's actions with their times.
         """
-        start, step = time.perf_counter(), self.state.step
+        return self.update(self.accumulate(recorder))
+
+    def accumulate(self, recorder: list[Record] | None = None) -> Accumulated:
+        """The first half of `train_step`: forward and backward of every microbatch. `update` must follow.
+
+        Between the two, a tool may call `model.finish()` and look at the step's gradients.
+        """
+        start_s, step = time.perf_counter(), self.state.step
         batch_size = self.config.train_batch_size
         ids = self._microbatch_ids(step * batch_size, self.config.gradient_accumulation_steps)
         microbatches, tokens = self._microbatches(self.train_data, ids)
+        has_data_s = time.perf_counter()
         self._train_mode(True)
         self.model.zero_grad()
         self.failpoints.hit("forward")
@@ -105,14 +124,20 @@ class Trainer:
         if recorder is not None:
             executor = Executor(self.plan.schedule, self.pipeline, self.channels, recorder)
         result = executor.run(microbatches, boundary, loss_seed=self.model.loss_scale)
+        return Accumulated((start_s, has_data_s, time.perf_counter()), tokens, result.losses)
+
+    def update(self, accumulated: Accumulated) -> StepRecord:
+        """The second half of `train_step`: reduction, clipping, optimizer, and the step's record."""
         self.failpoints.hit("optimizer_step")
-        lr = self.lr(self.model.optimizer_steps)
+        lr, tokens = self.lr(self.model.optimizer_steps), accumulated.tokens
         outcome = self.model.step(lr)
-        loss, memory = self._gather_loss(result.losses)
+        marks_s = (*accumulated.marks_s, time.perf_counter())
+        loss, memory = self._gather_loss(accumulated.losses)
         self.state.step += 1
-        self.state.consumed_samples += batch_size
+        self.state.consumed_samples += self.config.train_batch_size
         self.state.tokens += tokens
-        elapsed = time.perf_counter() - start
+        self.host_memory.settle()
+        elapsed = time.perf_counter() - marks_s[0]
         flops = {causal: per_token * tokens / elapsed for causal, per_token in self.flops_per_token.items()}
         peak = self.config.run.peak_flops
         world_peak = peak * self.topology.world_size if peak else None
@@ -132,6 +157,7 @@ class Trainer:
             mfu_noncausal=flops[False] / world_peak if world_peak else None,
             loss_scale=outcome.loss_scale if self.config.fp16.enabled else None,
             skipped=outcome.skipped,
+            breakdown=self._breakdown(marks_s),
         )
 
     # ---- evaluation and generation ------------------------------------------------------------------------------
@@ -261,6 +287,16 @@ class Trainer:
                 )
             )
         return batches, tokens
+
+    def _breakdown(self, marks_s: Sequence[float]) -> dict[str, float]:
+        """What `wall_clock_breakdown` and `memory_breakdown` add to a record; times are the host's."""
+        found: dict[str, float] = {}
+        if self.config.wall_clock_breakdown:
+            names = ("time_data_s", "time_forward_backward_s", "time_optimizer_s")
+            found |= {name: b - a for name, a, b in zip(names, marks_s, marks_s[1:], strict=False)}
+        if self.config.memory_breakdown:
+            found |= {f"memory_{name}_bytes": count for name, count in self.model.memory_bytes().items()}
+        return found
 
     def _sum_over_data(self, count: int) -> int:
         total = torch.tensor([count], dtype=torch.float64, device=self.topology.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ class StepRecord:
 
     `model_flops_per_s_causal` and `_noncausal` are achieved model FLOP/s over all ranks without recompute, attention
     counted over half or the whole of the sequence; `mfu_*` divide by the peak of all ranks where one is known.
+    `breakdown` holds what `wall_clock_breakdown` and `memory_breakdown` ask for, of rank 0, units in the keys.
     `memory_peak_bytes` is the largest peak of any rank: device memory on CUDA, resident set on a CPU.
     """
 
@@ -34,10 +36,12 @@ class StepRecord:
     mfu_noncausal: float | None = None
     loss_scale: float | None = None
     skipped: bool = False
+    breakdown: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of this record; figures that are not known are left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """The JSON object of this record, flat; figures that are not known are left out."""
+        known = {key: value for key, value in vars(self).items() if value is not None and key != "breakdown"}
+        return {**known, **(self.breakdown or {})}
 
 
 @dataclass(frozen=True)

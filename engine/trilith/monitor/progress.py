@@ -21,7 +21,7 @@ def human_bytes(count: float) -> str:
 def human_count(value: float) -> str:
     """1234567 -> '1.23M'."""
     for unit in ("", "k", "M", "G", "T"):
-        if abs(value) < 1000 or unit == "T":
+        if abs(value) < 999.5 or unit == "T":
             return f"{value:.3g}{unit}"
         value /= 1000
     raise AssertionError("unreachable")

@@ -101,7 +101,7 @@ def write(directory: Path, report: Report) -> None:
         panel.draw(target)
     figure.savefig(directory / "report.png", dpi=110)
     pyplot.close(figure)
-    (directory / "report.html").write_text(_html(report))
+    (directory / "report.html").write_text(_html(report), encoding="utf-8")
 
 
 def _html(report: Report) -> str:

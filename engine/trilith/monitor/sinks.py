@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -26,28 +27,49 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`: one JSON object a line. On resume, lines of later steps than `resume_step` are dropped first."""
+    """`metrics.jsonl`: one JSON object a line. On resume, lines of later steps than `resume_step` are dropped first.
+
+    A figure that is NaN or infinite (a norm that overflowed) stands as null: JSON has no word for it.
+    """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        kept = []
-        if resume_step and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= resume_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    break  # a line that a kill cut short: it and what follows are written again
-        self._file = path.open("w")
-        self._file.writelines(kept)
+        self._file = _reopen(path, resume_step, lambda line: int(json.loads(line)["step"]))
 
     def write(self, record: Record) -> None:
         """Append one line; it reaches the file system at once."""
-        self._file.write(json.dumps(record.to_json()) + "\n")
+        figures = {key: value if _is_json(value) else None for key, value in record.to_json().items()}
+        self._file.write(json.dumps(figures, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or isfinite(value)
+
+
+def _reopen(path: Path, resume_step: int, step_of: Callable[[str], int]) -> TextIO:
+    """`path` open to append, holding what an earlier run wrote up to `resume_step` (0: nothing).
+
+    A line that a kill cut short, and what follows it, is dropped: those steps are taken, and written, again. The file
+    is replaced whole, so that a kill in here loses nothing.
+    """
+    kept = []
+    if resume_step and path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                if not line.endswith("\n") or step_of(line) > resume_step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept.append(line)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.replace(path)
+    return path.open("a", encoding="utf-8")
 
 
 def _points(record: Record) -> Iterable[tuple[str, float]]:
@@ -64,7 +86,7 @@ def _points(record: Record) -> Iterable[tuple[str, float]]:
 
 
 class TensorBoard:
-    """TensorBoard events with DeepSpeed's tags; the x-axis is consumed samples (steps for evaluations)."""
+    """TensorBoard events with DeepSpeed's tags; the x-axis is consumed samples, of evaluations too."""
 
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -85,22 +107,22 @@ class TensorBoard:
 
 
 class CsvFile:
-    """One CSV with a row per step (DeepSpeed's csv_monitor)."""
+    """One CSV with a row per step (DeepSpeed's csv_monitor). On resume, rows of later steps are dropped first."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("w", newline="")
-        self._writer = csv.writer(self._file)
-        self._header = False
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self._file = _reopen(path, resume_step, lambda line: 0 if line.startswith("step,") else int(line.split(",")[0]))
+        with path.open(encoding="utf-8") as file:
+            self._header = next(csv.reader(file), [])
+        self._writer = csv.writer(self._file, lineterminator="\n")
 
     def write(self, record: Record) -> None:
         """Append a row; evaluation records go to the JSON lines only."""
         if isinstance(record, StepRecord):
             row: dict[str, Any] = record.to_json()
             if not self._header:
-                self._writer.writerow(row)
-                self._header = True
-            self._writer.writerow(row.values())
+                self._header = list(row)
+                self._writer.writerow(self._header)
+            self._writer.writerow(row.get(name, "") for name in self._header)
             self._file.flush()
 
     def close(self) -> None:

@@ -1,0 +1,13 @@
+#!/bin/sh
+# The parity suite and the GPU tests on CUDA, then the benchmarks, with the Python of this machine and without network.
+# What that Python lacks (pydantic, safetensors, ...) may lie in .deps/, made by `make gpu-deps` on a machine with network.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="engine:launcher:.:.deps${PYTHONPATH:+:$PYTHONPATH}"
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)' 2>/dev/null; then
+    echo "make gpu: no CUDA device here (or no torch with CUDA in $PYTHON): nothing was run"
+    exit 0
+fi
+"$PYTHON" -m pytest -m gpu -p no:cacheprovider tests || exit $?
+"$PYTHON" -m benchmarks.step --json "${OUT:-benchmarks/results}/step_gpu.json"
