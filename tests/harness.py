@@ -81,6 +81,7 @@ def run_ranks(
     Raises AssertionError with the traceback of the rank that failed first (not of one that merely lost it), or with
     where every rank stands after `timeout_s`.
     """
+    __tracebackhide__ = True  # pytest shows the rank's traceback, not this function
     with tempfile.TemporaryDirectory(prefix="trilith-ranks-") as directory:
         job = Job(
             directory=directory,
@@ -158,7 +159,8 @@ def _report(job: Job, failures: Sequence[Failure], running: Sequence[int]) -> st
     if running and not real:
         stacks = "".join(f"--- rank {rank} stands at\n{_output(job, rank)}" for rank in running)
         victims = "".join(f"--- rank {f.rank} lost a peer\n{f.text}" for f in failures)
-        return f"ranks {list(running)} of {job.world_size} still ran after {job.timeout_s:g} s\n{stacks}{victims}"
+        limit = f"{GRACE_S:g} s after others gave them up" if failures else f"{job.timeout_s:g} s"
+        return f"ranks {list(running)} of {job.world_size} still ran after {limit}\n{stacks}{victims}"
     first = min(real or failures, key=lambda failure: failure.time_ns)
     others = sorted(failure.rank for failure in failures if failure is not first)
     text = f"rank {first.rank} of {job.world_size} failed first"

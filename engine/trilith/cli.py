@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trilith.errors import ConfigError, TrilithError
+from trilith.errors import ConfigError, TopologyError, TrilithError
 
 USER_ERROR = 2
 
@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args) or 0)
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
@@ -31,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,18 +107,19 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    import trilith_launcher
     from trilith import preflight
     from trilith.data.batch import prepare_data
 
-    under_torchrun = "RANK" in os.environ
-    world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun else args.world_size
-    plan = preflight.plan(args.config, args.overrides, world_size)
-    if under_torchrun:
+    try:
+        joined = trilith_launcher.join_from_environment()
+    except ValueError as error:
+        raise TopologyError(str(error)) from None
+    plan = preflight.plan(args.config, args.overrides, joined.world_size if joined else args.world_size)
+    if joined:
         from trilith import runner
 
-        return runner.main_under_torchrun(plan)
-    import trilith_launcher
-
+        return runner.run_under_torchrun(joined, plan)
     prepare_data(plan.config.data, lambda text: print(text, flush=True))
     return trilith_launcher.launch(
         "trilith.runner:run_rank",
@@ -146,6 +154,7 @@ def _parity(args: argparse.Namespace) -> int:
         parity.other_side(args.a, args.b, args.overrides, args.overrides_b),
         steps=args.steps,
         rtol=args.rtol,
+        report=lambda text: print(text, file=sys.stderr, flush=True),
     )
     print(json.dumps(result.to_json(), indent=1) if args.json else result.describe())
     return 0 if result.equal else 1

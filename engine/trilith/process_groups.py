@@ -10,6 +10,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from trilith.errors import TopologyError
-from trilith.topology import Degrees, Group, PlannedGroup, Topology, check_channels, groups_of
+from trilith.topology import Degrees, Group, PlannedGroup, Topology, channel_name, check_channels, steps_of
 
 
 def join_world(
@@ -76,7 +77,7 @@ def build_topology(
 ) -> Topology:
     """Make this rank's groups. All ranks must call it with the same arguments (`device` aside), in the same order.
 
-    `timeout_s` limits every wait on a group. `ties` and `channels` as in `topology.groups_of`. With world size 1 no
+    `timeout_s` limits every wait on a group. `ties` and `channels` as in `topology.steps_of`. With world size 1 no
     process group is needed, nor made.
 
     Raises TopologyError if the degrees do not fill the world, or there is no world to build it in.
@@ -96,14 +97,17 @@ def build_topology(
     control = _control(rank, degrees.world_size, timeout)
     backend = _backend(control, device)
     groups: dict[str, Group] = {}
-    for planned in groups_of(degrees, rank, ties=ties, channels=channels):
-        groups[planned.name] = _make(planned, rank, backend, timeout)
-    if ties and degrees.pipeline > 1 and "embedding_tie" not in groups:
-        _keep_count(rank, timeout)
-    here = degrees.dense.coordinate(rank, "pp")
-    mine = {pair: _channel(pair, groups) for pair in channels if here in pair}
+    for planned in steps_of(degrees, rank, ties=ties, channels=channels):
+        if planned is None:
+            _keep_count(rank, timeout)
+        elif planned.uses:
+            groups[planned.name] = replace(groups[planned.uses], name=planned.name)
+        else:
+            groups[planned.name] = _make(planned, rank, backend, timeout)
     if backend == "nccl":
-        _connect(groups.values(), mine.values(), device)
+        _connect(groups.values(), device)
+    found = {pair: groups.pop(channel_name(*pair), None) for pair in channels}
+    mine = {pair: group for pair, group in found.items() if group is not None}
     return Topology(degrees, rank, device, control, MappingProxyType(groups), MappingProxyType(mine))
 
 
@@ -142,7 +146,7 @@ def _make(planned: PlannedGroup, rank: int, backend: str, timeout: timedelta) ->
 
 
 def _keep_count(rank: int, timeout: timedelta) -> None:
-    """Make a group of this rank alone, which waits for nobody, in place of a group that only others are in.
+    """Make a group of this rank alone, which waits for nobody, in a step in which only others make one.
 
     torch names a group made with local synchronisation by its ranks and by how many groups the rank has: ranks whose
     counts differ would wait for each other under different names, in this topology's next group or in the next one's.
@@ -150,34 +154,26 @@ def _keep_count(rank: int, timeout: timedelta) -> None:
     dist.new_group([rank], timeout=timeout, backend="gloo", use_local_synchronization=True)
 
 
-def _channel(pair: tuple[int, int], groups: dict[str, Group]) -> Group:
-    """One directed pair of pipeline ranks, as (source, target), on its direction's group."""
-    source, target = pair
-    over = groups["pp_up" if source < target else "pp_down"]
-    ranks = (over.ranks[source], over.ranks[target])
-    index = 0 if over.index == source else 1
-    return Group(f"channel {source}->{target}", ranks, index, over.handle, over.backend)
-
-
-def _connect(groups: Iterable[Group], channels: Iterable[Group], device: torch.device) -> None:
+def _connect(groups: Iterable[Group], device: torch.device) -> None:
     """Let nccl make its communicators now, in one order on all ranks.
 
     It makes them at the first use, waiting on the host for all members; two ranks whose first uses come in different
-    orders would wait for each other for ever.
+    orders would wait for each other for ever. A channel has one for its messages, others for collectives.
     """
     token = torch.zeros(1, device=device)
     for group in groups:
-        if group.name not in ("pp_up", "pp_down"):
+        if not group.name.startswith("channel"):
             dist.all_reduce(token, group=group.handle)
-    for channel in channels:
-        work = (
-            dist.isend(token, channel.ranks[1], group=channel.handle)
-            if channel.index == 0
-            else dist.irecv(token, channel.ranks[0], group=channel.handle)
-        )
-        if work is not None:
-            work.wait()
+        elif group.index == 0:
+            _wait(dist.isend(token, group.ranks[1], group=group.handle))
+        else:
+            _wait(dist.irecv(token, group.ranks[0], group=group.handle))
     torch.cuda.synchronize(device)
+
+
+def _wait(work: dist.Work | None) -> None:
+    assert work is not None, "this rank is not in its own group"
+    work.wait()
 
 
 def device_mesh(topology: Topology, view: str = "dense") -> DeviceMesh | None:

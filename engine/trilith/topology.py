@@ -151,30 +151,32 @@ class Degrees:
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """A process group that will be made: its name and its ranks, ascending."""
+    """A process group that will be made: its name and its ranks, ascending, or (source, target) for a channel.
+
+    `uses`: the name of an earlier group with the same ranks, which serves for this one too.
+    """
 
     name: str
     ranks: tuple[int, ...]
+    uses: str = ""
 
 
-def _kinds(
-    degrees: Degrees, ties: bool, channels: Iterable[tuple[int, int]]
-) -> Iterator[tuple[str, View, tuple[str, ...]]]:
-    """(name, view, axes) of every kind of group a run uses, in the order in which all ranks make them."""
+def channel_name(source: int, target: int) -> str:
+    """The name of the group that carries messages from pipeline rank `source` to pipeline rank `target`."""
+    return f"channel {source}->{target}"
+
+
+def _axis_groups(degrees: Degrees, ties: bool) -> Iterator[tuple[str, View, tuple[str, ...]]]:
+    """(name, view, axes) of the groups over whole axes that a run uses: every rank is in one of each name."""
     dense, experts = degrees.dense, degrees.folded
-    pairs = tuple(channels)
     yield "tp", dense, ("tp",)
     yield "cp", dense, ("cp",)
     yield "dp", dense, ("shard", "cp")
-    if degrees.shard > 1 and degrees.context > 1:
+    if degrees.context > 1:
         yield "shard", dense, ("shard",)  # otherwise it is dp
     yield "replicate", dense, ("replicate",)
     yield "pp", dense, ("pp",)
-    if any(source < target for source, target in pairs):
-        yield "pp_up", dense, ("pp",)
-    if any(source > target for source, target in pairs):
-        yield "pp_down", dense, ("pp",)
-    if ties:
+    if ties and degrees.pipeline == 2:
         yield "embedding_tie", dense, ("pp",)
     if degrees.expert > 1:
         yield "etp", experts, ("etp",)
@@ -182,27 +184,52 @@ def _kinds(
         yield "edp", experts, ("edp",)
 
 
+def _rounds(pairs: Iterable[tuple[str, tuple[int, int]]]) -> list[list[tuple[str, tuple[int, int]]]]:
+    """Deal named pairs of pipeline ranks out to rounds in which no rank comes twice: each to the first that is free."""
+    rounds: list[list[tuple[str, tuple[int, int]]]] = []
+    for name, pair in pairs:
+        for members in rounds:
+            if not any(set(pair) & set(other) for _, other in members):
+                members.append((name, pair))
+                break
+        else:
+            rounds.append([(name, pair)])
+    return rounds
+
+
+def steps_of(
+    degrees: Degrees, rank: int, *, ties: bool, channels: Iterable[tuple[int, int]]
+) -> tuple[PlannedGroup | None, ...]:
+    """What one rank makes, step by step: a group, or nothing (None) where only others make one.
+
+    Work does not grow with the world. `ties`: the first and the last pipeline rank share a tensor. `channels`: (source,
+    target) pipeline ranks that send activations or gradients; each is a group of its own, so it waits for no other.
+    All ranks have the same number of steps, and in a step the groups are disjoint: ranks that make their groups one by
+    one, each waiting for all members of the next, always come to an end.
+    """
+    steps: list[PlannedGroup | None] = []
+    first: dict[tuple[int, ...], str] = {}
+    for name, view, axes in _axis_groups(degrees, ties):
+        ranks = view.ranks_along(rank, axes)
+        if len(ranks) > 1:
+            steps.append(PlannedGroup(name, ranks, first.get(ranks, "")))
+            first.setdefault(ranks, name)
+    pairs = [(channel_name(*pair), pair) for pair in sorted(set(channels))]
+    if ties and degrees.pipeline > 2:
+        pairs.append(("embedding_tie", (0, degrees.pipeline - 1)))
+    here, column = degrees.dense.coordinate(rank, "pp"), degrees.dense.ranks_along(rank, ("pp",))
+    for members in _rounds(pairs):
+        mine = [(name, pair) for name, pair in members if here in pair]
+        steps.append(PlannedGroup(mine[0][0], tuple(column[p] for p in mine[0][1])) if mine else None)
+    return tuple(steps)
+
+
 def groups_of(
     degrees: Degrees, rank: int, *, ties: bool, channels: Iterable[tuple[int, int]]
 ) -> tuple[PlannedGroup, ...]:
-    """The groups of one rank, in the order in which it makes them; work does not grow with the world.
-
-    `ties`: the first and the last pipeline rank share a tensor. `channels`: (source, target) pipeline ranks that send
-    activations or gradients. Channels of one direction share a group over the pipeline ranks: each (group, pair) has
-    a connection (gloo) or communicator and stream (nccl) of its own, so a channel waits for no other.
-    Kinds come in one order for all ranks and a rank is in at most one group of a kind, so that ranks which make their
-    groups one by one, each waiting for its members, always come to an end.
-    """
-    planned = []
-    for name, view, axes in _kinds(degrees, ties, channels):
-        ranks = view.ranks_along(rank, axes)
-        if name == "embedding_tie":
-            ranks = (ranks[0], ranks[-1])
-            if rank not in ranks:
-                continue
-        if len(ranks) > 1 and ranks[0] != ranks[-1]:
-            planned.append(PlannedGroup(name, ranks))
-    return tuple(planned)
+    """The groups of one rank, in the order in which it makes them."""
+    steps = steps_of(degrees, rank, ties=ties, channels=channels)
+    return tuple(group for group in steps if group is not None)
 
 
 def group_plan(
@@ -210,11 +237,12 @@ def group_plan(
 ) -> tuple[PlannedGroup, ...]:
     """Every group of the run beside the control group, in the order of making. For `check`; no rank needs the whole."""
     check_channels(degrees, channels := tuple(channels))
-    order = [name for name, _, _ in _kinds(degrees, ties, channels)]
-    found = {
-        group for rank in range(degrees.world_size) for group in groups_of(degrees, rank, ties=ties, channels=channels)
-    }
-    return tuple(sorted(found, key=lambda group: (order.index(group.name), group.ranks)))
+    step_of: dict[PlannedGroup, int] = {}
+    for rank in range(degrees.world_size):
+        for step, group in enumerate(steps_of(degrees, rank, ties=ties, channels=channels)):
+            if group is not None:
+                step_of[group] = step
+    return tuple(sorted(step_of, key=lambda group: (step_of[group], group.ranks)))
 
 
 def check_channels(degrees: Degrees, channels: Iterable[tuple[int, int]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from trilith_launcher.context import RankContext
 from trilith_launcher.failure import ErrorRecord, write_json
 from trilith_launcher.lifeline import die_with_parent
-from trilith_launcher.rank import find_target
+from trilith_launcher.rank import find_target, flush_streams
 
 # torch elastic blames the smallest time stamp, in whole seconds, and dates a killed rank when it notices, some 0.1 s
 # later. So a rank that lost a peer is dated two seconds ahead, and ends later than the peer it lost.
@@ -53,8 +53,11 @@ def join_from_environment(environment: Mapping[str, str] = os.environ) -> Joined
 
 def run_joined(joined: JoinedRank, target: str, args: Mapping[str, Any]) -> int:
     """Call `target` in this process as `launch` does in its ranks, with `store_path` None (the rendezvous is in the
-    environment); returns the exit code. A failure goes to torch elastic's error file, or to stderr where there is
-    none."""
+    environment). Returns 0; a failure ends the process.
+
+    The failure goes to torch elastic's error file, or to stderr where there is none. Ending at once, as the ranks of
+    `launch` do, keeps the failed rank from hanging in its communication threads while the others wait for it.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun leaves its ranks behind when it is killed.
         die_with_parent(os.getppid())
@@ -62,21 +65,20 @@ def run_joined(joined: JoinedRank, target: str, args: Mapping[str, Any]) -> int:
     try:
         function = find_target(target)
         function(rank=joined.rank, world_size=joined.world_size, store_path=None, context=context, **args)
-    except SystemExit as end:
-        if end.code in (None, 0):
+    except BaseException as exception:
+        if isinstance(exception, SystemExit) and exception.code in (None, 0):
             return 0
-        record = context.record_failure(end)
-    except Exception as exception:
         record = context.record_failure(exception)
     else:
         return 0
     if joined.error_file is None:
         print(_text(record), file=sys.stderr, flush=True)
-        return record.exit_code
-    write_json(joined.error_file, elastic_error(record))
-    if record.lost_peer:
-        time.sleep(_VICTIM_DELAY_S)
-    return record.exit_code
+    else:
+        write_json(joined.error_file, elastic_error(record))
+        if record.lost_peer:
+            time.sleep(_VICTIM_DELAY_S)
+    flush_streams()
+    os._exit(record.exit_code)
 
 
 def elastic_error(record: ErrorRecord) -> dict[str, Any]:

@@ -138,6 +138,7 @@ sys.exit(run_joined(join_from_environment(), "tests.faults.targets:loop", json.l
 """
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_right_rank_is_named(tmp_path: Path) -> None:
     (tmp_path / "join.py").write_text(_JOIN)
     args = {"status": str(tmp_path), "steps": 100, "fault": {"rank": 2, "step": 12, "kind": "raise"}}

@@ -20,10 +20,14 @@ from trilith.topology import Degrees, Group
 WORLD_SIZES = (2, 3, 4)
 
 
+def this_device(device: str) -> torch.device:
+    """The CPU, or this rank's GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
 def group_of_all(world_size: int, device: str = "cpu") -> Group:
-    """A group over all ranks, as the engine makes it, on CPU or this rank's GPU."""
-    index = torch.cuda.current_device() if device == "cuda" else None
-    return build_topology(Degrees(shard=world_size), torch.device(device, index), 60).dp
+    """A group over all ranks, as the engine makes it."""
+    return build_topology(Degrees(shard=world_size), this_device(device), 60).dp
 
 
 def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -85,7 +89,8 @@ def check_pair(name: str, rank: int, group: Group, shape: tuple[int, ...], dim: 
     inputs = [inputs[0]] * size if name in SAME_INPUT else inputs
     expected = truth(name, inputs, size, dim)
     weights = [values(50 + r, tuple(out.shape)) for r, out in enumerate(expected)]
-    sum((out * weight).sum() for out, weight in zip(expected, weights, strict=True)).backward()
+    losses = [(out * weight).sum() for out, weight in zip(expected, weights, strict=True)]
+    expected_gradient = torch.autograd.grad(torch.stack(losses).sum(), inputs[rank])[0]
 
     mine = inputs[rank].detach().to(device).requires_grad_()
     arguments = () if name in ("copy_to", "reduce_from") else (dim,)
@@ -93,11 +98,10 @@ def check_pair(name: str, rank: int, group: Group, shape: tuple[int, ...], dim: 
     at = rank if len(expected) > 1 else 0
     (gradient,) = torch.autograd.grad(output, mine, weights[at].to(device).mT.contiguous().mT)
     where = f"{name} {shape} dim {dim} rank {rank} of {size}"
-    assert inputs[rank].grad is not None
     assert_close_named(
         {
             f"{where} output": (output, expected[at]),
-            f"{where} input gradient": (gradient, inputs[rank].grad),
+            f"{where} input gradient": (gradient, expected_gradient),
             f"{where} input": (mine, inputs[rank]),
         },
         rtol=1e-13,
@@ -162,7 +166,7 @@ def test_one_rank_communicates_nothing() -> None:
 def sums(rank: int, world_size: int) -> None:
     """Sums are bitwise the sum in rank order, at any offset and size, by either collective, in place or not."""
     group = group_of_all(world_size)
-    large = 4 * gloo.ONE_STEP_BYTES // 4 // world_size + 3  # beyond the one-step path, and indivisible
+    large = gloo.COPY_BYTES // 4 + 3  # indivisible; in float32 and float64 beyond every threshold, else the first
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         whole = [values(r, (large,), dtype) for r in range(world_size)]
         expected = in_rank_order(whole)
@@ -220,6 +224,24 @@ def plain(rank: int, world_size: int, device: str) -> None:
     assert comm.all_reduce(empty, group).done and comm.all_gather(empty, empty, group).done
 
 
+def large_gathers(rank: int, world_size: int) -> None:
+    """All-gather on either side of the size at which its way changes, into new memory and in place."""
+    group = group_of_all(world_size)
+    for numel in (gloo.COPY_BYTES // 8 // world_size, gloo.COPY_BYTES // 8 // world_size + 1):
+        table = torch.stack([values(r, (numel,)) for r in range(world_size)])
+        gathered = torch.empty_like(table)
+        comm.all_gather(gathered, table[rank], group)
+        in_place = torch.zeros_like(table)
+        in_place[rank] = table[rank]
+        comm.all_gather(in_place, in_place[rank], group)
+        assert torch.equal(gathered, table) and torch.equal(in_place, table)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_large_gathers(world_size: int) -> None:
+    run_ranks(world_size, large_gathers)
+
+
 def uneven(rank: int, group: Group, device: str) -> None:
     """Rank r sends r + s rows to rank s; rank 0 sends itself none."""
     counts = [rank + other for other in range(group.size)]
@@ -275,12 +297,7 @@ def test_handles(world_size: int) -> None:
 
 def messages(rank: int, world_size: int, device: str) -> None:
     """Point to point: all dtypes and strides, several in flight, both directions, in the order sent."""
-    topology = build_topology(
-        Degrees(pipeline=2),
-        torch.device(device, torch.cuda.current_device() if device == "cuda" else None),
-        30,
-        channels=[(0, 1), (1, 0)],
-    )
+    topology = build_topology(Degrees(pipeline=2), this_device(device), 30, channels=[(0, 1), (1, 0)])
     out, back = topology.channels[rank, 1 - rank], topology.channels[1 - rank, rank]
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
     shapes = ((), (3,), (2, 5), (0, 4), (64, 1024))

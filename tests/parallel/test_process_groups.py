@@ -40,10 +40,9 @@ def layouts(world_size: int) -> list[Degrees]:
 def check_groups(topology: Topology) -> None:
     """All groups sum over their ranks, channels carry messages both ways, the mesh sees the same groups."""
     for group in (*topology.groups.values(), topology.control):
-        if group.name not in ("pp_up", "pp_down"):
-            tensor = torch.tensor([float(topology.rank)])
-            comm.all_reduce(tensor, group)
-            assert tensor.item() == sum(group.ranks), group
+        tensor = torch.tensor([float(topology.rank)])
+        comm.all_reduce(tensor, group)
+        assert tensor.item() == sum(group.ranks), group
     handles, arrived = [], {}
     for (source, target), channel in topology.channels.items():
         assert channel.ranks[channel.index] == topology.rank
@@ -57,7 +56,9 @@ def check_groups(topology: Topology) -> None:
     for pair, tensor in arrived.items():
         assert tensor.tolist() == [*topology.channels[pair].ranks, 7]
     mesh = device_mesh(topology)
-    for axis in () if mesh is None else mesh.mesh_dim_names:
+    axes = mesh.mesh_dim_names if mesh is not None else None
+    for axis in axes or ():
+        assert mesh is not None
         assert mesh.get_local_rank(axis) == topology.coordinate(axis)
         ranks = topology.degrees.dense.ranks_along(topology.rank, (axis,))
         assert tuple(dist.get_process_group_ranks(mesh.get_group(axis))) == ranks
@@ -72,7 +73,8 @@ def every_layout(rank: int, world_size: int, directory: str) -> int:
             topology = build_topology(degrees, CPU, 30, ties=True, channels=ring(degrees.pipeline))
             check_groups(topology)
             planned = groups_of(degrees, rank, ties=True, channels=ring(degrees.pipeline))
-            assert {g.name: g.ranks for g in topology.groups.values()} == {g.name: g.ranks for g in planned}
+            made = (*topology.groups.values(), *topology.channels.values())
+            assert {g.name: g.ranks for g in made} == {g.name: g.ranks for g in planned}
         leave_world()
         assert not dist.is_initialized()
     return len(layouts(world_size))

@@ -39,6 +39,7 @@ class Case:
     frozen: bool = False
     poisoned_step: int = -1
     communication: str = "auto"
+    device: str = "cpu"
 
 
 def empty(*shape: int, device: str, dtype: torch.dtype) -> nn.Parameter:
@@ -149,7 +150,7 @@ def train(model: ShardedModel, toy: Toy, case: Case, steps: range) -> list[tuple
     dp, stage = model.topology.dp, model.stage(0)
     outcomes = []
     for step in steps:
-        parts = tokens_of(step).view(case.microbatches, dp.size, -1)
+        parts = tokens_of(step).to(model.device).view(case.microbatches, dp.size, -1)
         for index, microbatch in enumerate(parts):
             stage.begin_backward(index == case.microbatches - 1)
             loss = toy(microbatch[dp.index]) / BATCH
@@ -163,7 +164,7 @@ def train(model: ShardedModel, toy: Toy, case: Case, steps: range) -> list[tuple
 
 
 def on_ranks(rank: int, world_size: int, case: Case) -> dict[str, Any]:
-    topology = build_topology(Degrees(shard=world_size), torch.device("cpu"), timeout_s=20)
+    topology = build_topology(Degrees(shard=world_size), torch.device(case.device), timeout_s=20)
     toy, model = make_model(case, topology)
     outcomes = train(model, toy, case, range(STEPS))
     weights = {name: p.detach().clone() for name, p in toy.named_parameters()}
@@ -204,7 +205,8 @@ def check_against_reference(case: Case, results: list[dict[str, Any]], rtol: flo
     for result in results:
         assert [o[0] for o in result["outcomes"]] == pytest.approx(norms, rel=rtol)
         assert result["outcomes"] == results[0]["outcomes"]
-        assert_close_named({n: (result["weights"][n], w) for n, w in weights.items()}, rtol=rtol, atol=1e-13)
+        pairs = {n: (result["weights"][n].cpu(), w) for n, w in weights.items()}
+        assert_close_named(pairs, rtol=rtol, atol=1e-13)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -218,6 +220,14 @@ def test_equals_one_process(world_size: int, stage: int) -> None:
     check_against_reference(case, results)
     for result in results[1:]:
         assert all(torch.equal(result["weights"][n], w) for n, w in results[0]["weights"].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_equals_one_process_on_cuda(world_size: int, stage: int) -> None:
+    case = Case(stage=stage, clipping=0.7, microbatches=2, device="cuda")
+    check_against_reference(case, run_ranks(world_size, on_ranks, case, device="cuda"))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +313,7 @@ def test_bytes_are_counted() -> None:
 
 
 def resume_on_ranks(rank: int, world_size: int, case: Case) -> bool:
-    topology = build_topology(Degrees(shard=world_size), torch.device("cpu"), timeout_s=20)
+    topology = build_topology(Degrees(shard=world_size), torch.device(case.device), timeout_s=20)
     toy, model = make_model(case, topology)
     train(model, toy, case, range(2))
     saved = [(role, spec, tensor.clone()) for role, spec, tensor in model.state_entries()]
@@ -326,3 +336,37 @@ def resume_on_ranks(rank: int, world_size: int, case: Case) -> bool:
 @pytest.mark.parametrize("case", [Case(stage=0, dtype="fp16"), Case(stage=1, dtype="bf16"), Case(dtype="fp64")])
 def test_saved_state_continues_bit_for_bit(case: Case) -> None:
     assert all(run_ranks(2, resume_on_ranks, replace(case, clipping=0.5, frozen=True)))
+
+
+def gradients_on_ranks(rank: int, world_size: int, case: Case) -> dict[str, Any]:
+    topology = build_topology(Degrees(shard=world_size), torch.device("cpu"), timeout_s=20)
+    toy, model = make_model(case, topology)
+    model.stage(0).begin_backward(True)
+    (toy(tokens_of(0).view(world_size, -1)[rank]) / BATCH).backward()
+    model.finish()
+    found = [(spec, tensor.clone()) for _, spec, tensor in model.gradient_entries()]
+    norm = model.grad_norm()
+    model.finish()
+    outcome = model.step(LR)
+    return {"gradients": found, "norms": [norm, outcome.grad_norm]}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_reduced_gradients_can_be_looked_at_before_the_step(stage: int) -> None:
+    toy = Toy(False, "cpu", torch.float64)
+    with torch.no_grad():
+        for name, p in toy.named_parameters():
+            p.copy_(initial(name, tuple(p.shape)))
+    (toy(tokens_of(0)) / BATCH).backward()
+    seen: set[str] = set()
+    for result in run_ranks(2, gradients_on_ranks, Case(stage=stage)):
+        assert result["norms"][0] == result["norms"][1]
+        for spec, storage in result["gradients"]:
+            whole_gradient = toy.get_parameter(spec.name).grad
+            for piece in spec.pieces:
+                box = tuple(slice(lo, hi) for lo, hi in zip(piece.box.start, piece.box.stop, strict=True))
+                part = storage.as_strided(piece.box.shape, piece.strides, piece.offset)
+                expected = torch.zeros_like(part) if whole_gradient is None else whole_gradient[box]
+                assert_close_named({spec.name: (part, expected)}, rtol=1e-12)
+                seen.add(spec.name)
+    assert seen == {name for name, _ in toy.named_parameters()}

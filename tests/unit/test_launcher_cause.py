@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from trilith_launcher.cause import Ended, choose_cause
 from trilith_launcher.context import RankContext
-from trilith_launcher.elastic import JoinedRank, join_from_environment, run_joined
+from trilith_launcher.elastic import JoinedRank, elastic_error, join_from_environment
 from trilith_launcher.failure import ErrorRecord, describe_exception, exit_code_of, is_lost_peer, read_record
 from trilith_launcher.position import Position, PositionBoard
 
@@ -171,20 +174,39 @@ def test_joining_from_the_environment() -> None:
             join_from_environment(environment)
 
 
-def test_a_joined_rank_fails_in_elastics_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_joined_apart(joined: str, kind: str) -> subprocess.CompletedProcess[str]:
+    """A process that joins as `joined` and fails as `kind` says."""
+    code = f"""
+from pathlib import Path
+from trilith_launcher import JoinedRank, run_joined
+print("code", run_joined({joined}, "tests.faults.plain_targets:fail", {{"kinds": {{"2": {kind!r}}}}}))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=20)
+
+
+def test_a_joined_rank_fails_in_elastics_format(tmp_path: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    joined = JoinedRank(2, 4, 0, tmp_path / "error.json")
-    assert run_joined(joined, "tests.faults.plain_targets:fail", {"kinds": {"2": "user error"}}) == 1
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(joined.error_file))
+    path = tmp_path / "error.json"
+    run = run_joined_apart(f"JoinedRank(2, 4, 0, Path({str(path)!r}))", "user error")
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", "")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(path))
     told = ChildFailedError("trilith", {2: failure}).format_msg()
     assert "rank 2 (stage 2, step 3, reduce): DataError: data.paths = ['missing']: no such file" in told
     assert "Traceback" not in told, "an error of the user's"
 
 
-def test_a_joined_rank_without_an_error_file(capsys: pytest.CaptureFixture[str]) -> None:
-    joined = JoinedRank(2, 4, 0, None)
-    assert run_joined(joined, "tests.faults.plain_targets:fail", {"kinds": {"2": "exit with text"}}) == 1
-    assert capsys.readouterr().err.startswith("rank 2 (stage 2, step 3, reduce): SystemExit: no more work")
-    assert run_joined(joined, "tests.faults.plain_targets:fail", {"kinds": {"2": "end"}}) == 0
+def test_a_lost_peer_is_dated_after_the_rank_it_lost() -> None:
+    """torch elastic blames the smallest time stamp, in whole seconds."""
+    victim = describe_exception(RuntimeError(CLOSED), 0, Position())
+    cause = describe_exception(ValueError("mine"), 1, Position())
+    stamps = [int(elastic_error(record)["message"]["extraInfo"]["timestamp"]) for record in (victim, cause)]
+    assert stamps[0] > stamps[1]
+
+
+def test_a_joined_rank_without_an_error_file() -> None:
+    run = run_joined_apart("JoinedRank(2, 4, 0, None)", "exit with text")
+    assert run.returncode == 1
+    assert run.stderr.startswith("rank 2 (stage 2, step 3, reduce): SystemExit: no more work")
+    assert run_joined_apart("JoinedRank(2, 4, 0, None)", "end").stdout == "code 0\n"

@@ -64,7 +64,7 @@ def plain_sgd(p: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float,
 def run(optimizer: Optimizer, parts: list[FlatPartition], plain: Any, options: Any, scale: float) -> float:
     """The largest difference between the optimizer and the plain version after four steps."""
     expected = [part.parameter.double().clone() for part in parts]
-    states: list[dict[tuple[float, float], dict[str, Tensor]]] = [{} for _ in parts]
+    states: list[dict[tuple[float, ...], dict[str, Tensor]]] = [{} for _ in parts]
     for step in range(4):
         fill_gradients(parts, step)
         lr = 0.1 / (step + 1)

@@ -119,7 +119,7 @@ def test_units_keep_the_order_in_which_they_appear() -> None:
 def test_segments_of_partitions_join_to_the_whole(degree: int) -> None:
     layout = one_layout(block(), degree)
     expected = [group for s in layout.segments for group in [s.group] * (s.stop - s.start)]
-    found = []
+    found: list[GroupKey] = []
     for start, stop in ranges_of(layout):
         segments = partition_segments(layout, start, stop)
         assert segments[0].start == 0 and segments[-1].stop == stop - start

@@ -5,20 +5,37 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 
 from trilith.errors import TopologyError
-from trilith.topology import Degrees, Group, Topology, View, group_plan, groups_of
+from trilith.topology import (
+    Degrees,
+    Group,
+    Topology,
+    View,
+    channel_name,
+    group_plan,
+    groups_of,
+    steps_of,
+)
+
+Channels = tuple[tuple[int, int], ...]
 
 
-def ring(pipeline: int) -> tuple[tuple[int, int], ...]:
+def ring(pipeline: int) -> Channels:
     """The channels of an interleaved schedule: both directions between neighbours on a ring."""
     if pipeline == 1:
         return ()
     pairs = {(p, (p + 1) % pipeline) for p in range(pipeline)}
     return tuple(sorted(pairs | {(b, a) for a, b in pairs}))
+
+
+def chain(pipeline: int) -> Channels:
+    """The channels of a schedule without virtual stages."""
+    return tuple(pair for p in range(pipeline - 1) for pair in ((p, p + 1), (p + 1, p)))
 
 
 LAYOUTS = [
@@ -47,12 +64,27 @@ def test_view_is_row_major_and_invertible() -> None:
 def test_dense_layout_by_hand() -> None:
     degrees = Degrees(pipeline=2, shard=2, tensor=2)
     plan = {(g.name, g.ranks) for g in group_plan(degrees, ties=True, channels=[(0, 1), (1, 0)])}
-    stages = {(0, 4), (1, 5), (2, 6), (3, 7)}
+    columns = {(0, 4), (1, 5), (2, 6), (3, 7)}
     assert plan == (
         {("tp", ranks) for ranks in ((0, 1), (2, 3), (4, 5), (6, 7))}
         | {("dp", ranks) for ranks in ((0, 2), (1, 3), (4, 6), (5, 7))}
-        | set(product(("pp", "pp_up", "pp_down", "embedding_tie"), stages))
+        | set(product(("pp", "channel 0->1", "embedding_tie"), columns))
+        | {("channel 1->0", (b, a)) for a, b in columns}
     )
+
+
+def test_equal_ranks_share_a_group() -> None:
+    """With two pipeline ranks the tie is the whole axis; with more it is a pair, made beside a channel of others."""
+    plan = group_plan(Degrees(pipeline=2), ties=True)
+    assert [(g.name, g.uses) for g in plan] == [("pp", ""), ("embedding_tie", "pp")]
+    steps = [
+        [step and step.name for step in steps_of(Degrees(pipeline=4), rank, ties=True, channels=chain(4))]
+        for rank in range(4)
+    ]
+    assert steps[0] == ["pp", "channel 0->1", "channel 1->0", "embedding_tie", None]
+    assert steps[1] == ["pp", "channel 0->1", "channel 1->0", "channel 1->2", "channel 2->1"]
+    assert steps[2] == ["pp", "channel 2->3", "channel 3->2", "channel 1->2", "channel 2->1"]
+    assert steps[3] == ["pp", "channel 2->3", "channel 3->2", "embedding_tie", None]
 
 
 def test_dp_is_shard_times_context() -> None:
@@ -65,35 +97,26 @@ def test_dp_is_shard_times_context() -> None:
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
-def test_plan_is_what_ranks_make(degrees: Degrees) -> None:
-    """Groups of one kind are disjoint; each rank's list is its part of the plan, in the plan's order."""
-    channels = ring(degrees.pipeline)
+@pytest.mark.parametrize("links", [chain, ring])
+def test_plan_is_what_ranks_make(degrees: Degrees, links: Callable[[int], Channels]) -> None:
+    """In each step groups are disjoint, and every rank is in one or sits out: their counts of groups stay equal."""
+    channels = links(degrees.pipeline)
     plan = group_plan(degrees, ties=True, channels=channels)
-    assert all(len(group.ranks) > 1 for group in plan) and len(set(plan)) == len(plan)
-    kinds = list(dict.fromkeys(group.name for group in plan))
+    assert all(len(set(group.ranks)) == len(group.ranks) > 1 for group in plan)
+    steps = [steps_of(degrees, r, ties=True, channels=channels) for r in range(degrees.world_size)]
+    for column in zip(*steps, strict=True):
+        groups = {group for group in column if group is not None}
+        members = [rank for group in groups for rank in group.ranks]
+        assert len(members) == len(set(members)) and groups <= set(plan)
+        assert all(column[rank] == group for group in groups for rank in group.ranks)
+        assert len({group.uses for group in groups}) == 1
     for rank in range(degrees.world_size):
-        mine = groups_of(degrees, rank, ties=True, channels=channels)
-        assert set(mine) == {group for group in plan if rank in group.ranks}
-        assert [g.name for g in mine] == [name for name in kinds if name in {g.name for g in mine}]
-    for name in kinds:
-        members = [rank for group in plan if group.name == name for rank in group.ranks]
-        assert len(members) == len(set(members))
-        if name != "embedding_tie":
-            assert len(members) == degrees.world_size
-
-
-@pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
-def test_making_groups_one_by_one_ends(degrees: Degrees) -> None:
-    """Each rank waits at its next group until all members are there: simulate it to the end."""
-    channels = ring(degrees.pipeline)
-    todo = [list(groups_of(degrees, r, ties=True, channels=channels)) for r in range(degrees.world_size)]
-    while any(todo):
-        ready = {groups[0] for groups in todo if groups}
-        met = [group for group in ready if all(todo[r] and todo[r][0] == group for r in group.ranks)]
-        assert met, f"deadlock: {todo}"
-        for group in met:
-            for rank in group.ranks:
-                todo[rank].pop(0)
+        assert set(groups_of(degrees, rank, ties=True, channels=channels)) == {
+            group for group in plan if rank in group.ranks
+        }
+    names = {group.name for group in plan}
+    assert {channel_name(*pair) for pair in channels} <= names
+    assert ("embedding_tie" in names) == (degrees.pipeline > 1)
 
 
 def test_expert_view_folds_over_the_same_ranks() -> None:
@@ -145,7 +168,7 @@ def test_a_rank_does_not_loop_over_the_world() -> None:
     """One rank of a million finds its groups at once."""
     degrees = Degrees(pipeline=16, replicate=64, shard=64, context=2, tensor=8)
     start = time.perf_counter()
-    groups = groups_of(degrees, 777_777, ties=True, channels=ring(16))
+    groups = groups_of(degrees, 540_000, ties=True, channels=ring(16))
     assert time.perf_counter() - start < 0.1
     sizes = {group.name: len(group.ranks) for group in groups}
     assert sizes == {
@@ -155,8 +178,10 @@ def test_a_rank_does_not_loop_over_the_world() -> None:
         "shard": 64,
         "replicate": 64,
         "pp": 16,
-        "pp_up": 16,
-        "pp_down": 16,
+        "channel 7->8": 2,
+        "channel 8->7": 2,
+        "channel 8->9": 2,
+        "channel 9->8": 2,
     }
 
 

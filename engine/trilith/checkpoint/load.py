@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,9 +16,20 @@ from torch import Tensor
 
 from trilith.checkpoint.manifest import Manifest, hash_file, read_manifest
 from trilith.errors import CheckpointError
-from trilith.sharding import Box, Piece, ShardSpec, copies
+from trilith.sharding import Box, Piece, ShardSpec, contiguous_strides, copies
 
 SPECS = "trilith.shards"
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "U8": torch.uint8,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -30,91 +43,128 @@ class Entry:
     tensor: Tensor
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A part of a canonical tensor in a checkpoint: the shard file, the boxes it holds, and its dtype."""
+
+    file: str
+    spec: ShardSpec
+    dtype: torch.dtype
+
+
+def key_of(spec: ShardSpec) -> str:
+    """The name of a tensor in shard files: role/name."""
+    return f"{spec.role}/{spec.name}"
+
+
 def spec_to_json(spec: ShardSpec) -> dict[str, Any]:
-    """A ShardSpec as JSON-able data."""
-    pieces = [[p.box.start, p.box.stop, p.offset, p.strides] for p in spec.pieces]
-    return {"name": spec.name, "role": spec.role, "shape": spec.shape, "pieces": pieces}
+    """A ShardSpec as JSON-able data. Its pieces lie packed, one after the other, so that their boxes say it all."""
+    boxes = [[piece.box.start, piece.box.stop] for piece in spec.pieces]
+    return {"name": spec.name, "role": spec.role, "shape": spec.shape, "boxes": boxes}
 
 
 def spec_from_json(data: dict[str, Any]) -> ShardSpec:
-    """The inverse of `spec_to_json`."""
-    pieces = tuple(
-        Piece(Box(tuple(start), tuple(stop)), int(offset), tuple(strides))
-        for start, stop, offset, strides in data["pieces"]
-    )
-    return ShardSpec(data["name"], tuple(data["shape"]), pieces, data["role"])
+    """The inverse of `spec_to_json`. Raises ValueError for a box that does not lie in the tensor."""
+    shape, pieces, offset = tuple(data["shape"]), [], 0
+    for start, stop in data["boxes"]:
+        if not all(0 <= lo < hi <= extent for lo, hi, extent in zip(start, stop, shape, strict=True)):
+            raise ValueError(f"{data['name']}: box {start} to {stop} of a tensor of shape {list(shape)}")
+        box = Box(tuple(start), tuple(stop))
+        pieces.append(Piece(box, offset, contiguous_strides(box.shape)))
+        offset += box.numel
+    return ShardSpec(data["name"], shape, tuple(pieces), data["role"])
 
 
 def load(directory: Path, entries: Sequence[Entry]) -> Manifest:
     """Fill every entry's tensor in place from the checkpoint in `directory`, written by any layout.
 
     No communication: each rank reads the files that hold parts of what it needs, after their hashes have been checked
-    against the manifest. Nothing is written into a tensor before every needed file has been found intact.
+    against the manifest. Nothing is written into a tensor before every needed file has been found intact and fitting.
     Raises CheckpointError naming the tensor that is missing, has another shape or dtype, or the damaged file.
     """
     manifest = read_manifest(directory)
-    saved = _index(directory, manifest)
-    plan: dict[str, list[tuple[Entry, str, ShardSpec]]] = {}
-    for entry in entries:
-        key = f"{entry.spec.role}/{entry.spec.name}"
-        holders = saved.get(key)
-        if holders is None:
-            raise CheckpointError(f"{directory}: holds no {entry.spec.role} of {entry.spec.name}")
-        covered = 0
-        for file, spec in holders:
-            if spec.shape != entry.spec.shape:
-                raise CheckpointError(
-                    f"{directory}: {entry.spec.name} has shape {list(spec.shape)} in the checkpoint, "
-                    f"{list(entry.spec.shape)} in this run: the model section of the config differs"
-                )
-            found = sum(_numel(copy.shape) for copy in copies(spec, entry.spec))
-            if found:
-                plan.setdefault(file, []).append((entry, key, spec))
-            covered += found
-        if covered != entry.spec.numel:
-            raise CheckpointError(f"{directory}: {key} is incomplete: {covered} of {entry.spec.numel} elements found")
-    hashes = {file.name: file.hash for file in manifest.files}
-    for name in plan:
-        if hash_file(directory / name) != hashes[name]:
-            raise CheckpointError(f"{directory / name}: its bytes differ from what was saved (hash mismatch)")
+    try:
+        plan = _plan(directory, manifest, entries)
+    except Exception:
+        _check_hashes(directory, manifest, [file.name for file in manifest.files])
+        raise  # a damaged header would have been the better explanation
+    _check_hashes(directory, manifest, list(plan))
     for name, wanted in plan.items():
         with safe_open(directory / name, framework="pt") as file:
-            for entry, key, spec in wanted:
-                _copy(file.get_tensor(key), spec, entry, directory / name)
+            for entry, saved in wanted:
+                _copy(file.get_tensor(key_of(saved.spec)), saved.spec, entry)
     return manifest
 
 
-def _index(directory: Path, manifest: Manifest) -> dict[str, list[tuple[str, ShardSpec]]]:
+def _plan(directory: Path, manifest: Manifest, entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, Saved]]]:
+    """What to take from which file, after finding that every element of every entry is there and fits."""
+    saved = _index(directory, manifest)
+    plan: dict[str, list[tuple[Entry, Saved]]] = {}
+    for entry in entries:
+        key = key_of(entry.spec)
+        if key not in saved:
+            raise CheckpointError(f"{directory}: holds no {entry.spec.role} of {entry.spec.name}")
+        covered = 0
+        for part in saved[key]:
+            _check_fit(directory / part.file, part, entry)
+            found = sum(prod(copy.shape) for copy in copies(part.spec, entry.spec))
+            if found:
+                plan.setdefault(part.file, []).append((entry, part))
+            covered += found
+        if covered != entry.spec.numel:
+            raise CheckpointError(f"{directory}: {key} is incomplete: {covered} of {entry.spec.numel} elements found")
+    return plan
+
+
+def _check_fit(path: Path, saved: Saved, entry: Entry) -> None:
+    """Whether what was saved has the shape and the dtype of what this run keeps."""
+    spec = entry.spec
+    if saved.spec.shape != spec.shape:
+        raise CheckpointError(
+            f"{path}: {spec.name} has shape {list(saved.spec.shape)} in the checkpoint, {list(spec.shape)} in this run: "
+            "the model section of the config differs"
+        )
+    if saved.dtype != entry.tensor.dtype:
+        raise CheckpointError(
+            f"{path}: {spec.role} of {spec.name} is {saved.dtype}, this run keeps {entry.tensor.dtype}: "
+            "data_types and the precision of the two runs must agree"
+        )
+
+
+def _check_hashes(directory: Path, manifest: Manifest, names: Sequence[str]) -> None:
+    hashes = {file.name: file.hash for file in manifest.files}
+    for name in names:
+        try:
+            found = hash_file(directory / name)
+        except OSError as error:
+            raise CheckpointError(f"{directory / name}: cannot be read: {error}") from error
+        if found != hashes[name]:
+            raise CheckpointError(f"{directory / name}: its bytes differ from what was saved (hash mismatch)")
+
+
+def _index(directory: Path, manifest: Manifest) -> dict[str, list[Saved]]:
     """Which files hold parts of which `role/name`."""
-    saved: dict[str, list[tuple[str, ShardSpec]]] = {}
+    saved: dict[str, list[Saved]] = {}
     for file in manifest.files:
         path = directory / file.name
         try:
             with safe_open(path, framework="pt") as shard:
-                specs = json.loads((shard.metadata() or {})[SPECS])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: its header cannot be read: {error}") from error
-        for key, spec in specs.items():
-            saved.setdefault(key, []).append((file.name, spec_from_json(spec)))
+                for data in json.loads((shard.metadata() or {})[SPECS]):
+                    spec = spec_from_json(data)
+                    key = key_of(spec)
+                    kept = shard.get_slice(key)
+                    if kept.get_shape() != [spec.numel]:
+                        raise ValueError(f"{key}: {kept.get_shape()} elements, its boxes hold {spec.numel}")
+                    saved.setdefault(key, []).append(Saved(file.name, spec, DTYPES[kept.get_dtype()]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its header cannot be read: {error!r}") from error
     return saved
 
 
-def _copy(source: Tensor, spec: ShardSpec, entry: Entry, path: Path) -> None:
-    if source.dtype != entry.tensor.dtype:
-        raise CheckpointError(
-            f"{path}: {spec.role} of {spec.name} is {source.dtype}, this run keeps {entry.tensor.dtype}: "
-            "data_types and the precision of the two runs must agree"
-        )
+def _copy(source: Tensor, spec: ShardSpec, entry: Entry) -> None:
     base = entry.tensor.storage_offset()
     with torch.no_grad():
         for copy in copies(spec, entry.spec):
             part = source.as_strided(copy.shape, copy.source_strides, copy.source_offset)
             target = entry.tensor.as_strided(copy.shape, copy.target_strides, base + copy.target_offset)
             target.copy_(part)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for extent in shape:
-        numel *= extent
-    return numel

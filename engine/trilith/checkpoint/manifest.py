@@ -2,7 +2,7 @@
 
 Layout of a checkpoint: `step-00000100/manifest.json` and one `rank-00000.safetensors` per writing rank. A directory
 without a valid manifest does not count; the newest is the highest step with one, never a pointer file or a time stamp.
-Tensors live in safetensors, everything else in JSON; nothing is pickled.
+Tensors live in safetensors, everything else in JSON; nothing is pickled. The manifest hashes every shard file and itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Manifest:
     files: tuple[ShardFile, ...]
 
     def to_json(self) -> str:
-        """The manifest's text."""
+        """The manifest's text, with a hash of itself; one content has one text."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -52,7 +52,11 @@ class Manifest:
             "state": dict(self.state),
             "files": [asdict(file) for file in self.files],
         }
-        return json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+        return _render({**content, "hash": xxhash.xxh3_128_hexdigest(_render(content).encode())})
+
+
+def _render(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -79,16 +83,30 @@ def fsync_directory(path: Path) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and validate a checkpoint's manifest, and that every file it names is there with its length.
+    """Read and validate a checkpoint's manifest, and that the files it names, and no others, are there with their length.
 
     Raises CheckpointError naming the file and what is wrong with it.
     """
-    path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text())
+        manifest = _parse(directory / MANIFEST)
+        _check_files(directory, manifest)
     except FileNotFoundError:
         raise CheckpointError(f"{directory}: no {MANIFEST}: not a checkpoint, or one that was never finished") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read: {error}") from error
+    named = _STEP.fullmatch(directory.name)
+    if named and int(named.group(1)) != manifest.step:
+        raise CheckpointError(f"{directory / MANIFEST}: step = {manifest.step}: not the step of its directory's name")
+    return manifest
+
+
+def _parse(path: Path) -> Manifest:
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: is a symbolic link; a checkpoint holds its files itself")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format is not {FORMAT!r}")
@@ -97,22 +115,35 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         files = tuple(ShardFile(f["name"], int(f["num_bytes"]), f["hash"]) for f in content["files"])
         manifest = Manifest(int(content["step"]), content["state"], files)
+        is_whole = manifest.to_json() == text
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: a field is missing or of the wrong type: {error!r}") from error
-    names = [file.name for file in files]
+    if not is_whole:
+        raise CheckpointError(f"{path}: its bytes differ from what was saved (hash mismatch)")
+    return manifest
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    names = [file.name for file in manifest.files]
     if len(set(names)) != len(names):
-        raise CheckpointError(f"{path}: a file is listed twice")
-    for file in files:
+        raise CheckpointError(f"{directory / MANIFEST}: a file is listed twice")
+    for file in manifest.files:
         if not _FILE.fullmatch(file.name):
-            raise CheckpointError(f"{path}: files.name = {file.name!r}: not a shard file's name")
+            raise CheckpointError(f"{directory / MANIFEST}: files.name = {file.name!r}: not a shard file's name")
         shard = directory / file.name
-        if shard.is_symlink() or not shard.is_file():
+        if shard.is_symlink():
+            raise CheckpointError(f"{shard}: is a symbolic link; a checkpoint holds its files itself")
+        if not shard.is_file():
             raise CheckpointError(f"{shard}: missing, though the manifest lists it")
         if shard.stat().st_size != file.num_bytes:
             raise CheckpointError(
                 f"{shard}: {shard.stat().st_size} bytes, the manifest says {file.num_bytes}: cut short or replaced"
             )
-    return manifest
+    others = sorted({entry.name for entry in directory.iterdir()} - {*names, MANIFEST})
+    if others:
+        raise CheckpointError(
+            f"{directory / others[0]}: no part of this checkpoint, though it lies there. Move it away"
+        )
 
 
 def published_steps(root: Path) -> list[int]:
@@ -123,12 +154,17 @@ def published_steps(root: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
-def newest(root: Path) -> Path | None:
-    """The newest checkpoint under `root` whose manifest is valid, or None."""
+def newest(root: Path, report: Callable[[str], object] | None = None) -> Path | None:
+    """The newest checkpoint under `root` whose manifest is valid, or None.
+
+    `report` is told of every newer one that is passed over, and why.
+    """
     for step in reversed(published_steps(root)):
         try:
             read_manifest(step_directory(root, step))
-        except CheckpointError:
+        except CheckpointError as error:
+            if report is not None:
+                report(f"checkpoint passed over: {error}")
             continue
         return step_directory(root, step)
     return None

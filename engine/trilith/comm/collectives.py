@@ -8,7 +8,7 @@ on nccl the order is nccl's. CUDA tensors over gloo (ranks that share a GPU) tra
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from trilith.comm import gloo
 from trilith.comm.handle import Handle
 from trilith.topology import Group
 
-_COMBINES = MappingProxyType({"sum": torch.add, "max": torch.maximum, "min": torch.minimum})
+_COMBINES: Mapping[str, gloo.Combine] = MappingProxyType({"sum": torch.add, "max": torch.maximum, "min": torch.minimum})
 _NCCL_OPS = MappingProxyType({"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN})
 # torch 2.13 deprecates the older names, torch 2.11 does not have the newer ones.
 _nccl_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -200,26 +200,26 @@ def send(tensor: Tensor, channel: Group) -> Handle:
     assert channel.size == 2 and channel.index == 0, f"only the source of {channel.name} can send"
     if tensor.numel() == 0:
         return Handle()
-    data = _message(tensor.detach().contiguous() if channel.backend != "gloo" else _host(tensor), channel)
+    if channel.backend == "gloo":
+        return gloo.broadcast(_host(tensor), 0, channel)
+    data = tensor.detach().contiguous()
     return Handle([dist.isend(data, channel.ranks[1], group=channel.handle)], keep=data)
 
 
 def receive(tensor: Tensor, channel: Group) -> Handle:
-    """Receive into `tensor`, whose shape and dtype must be those that the source sends; the call does not block."""
+    """Receive into `tensor`, whose shape and dtype must be those that the source sends; the call does not block.
+
+    The channel's timeout counts from here on gloo, from `wait()` on nccl.
+    """
     assert channel.size == 2 and channel.index == 1, f"only the target of {channel.name} can receive"
     if tensor.numel() == 0:
         return Handle()
     if channel.backend == "gloo":
         target = _host_output(tensor)
-    else:
-        target = tensor.detach() if tensor.is_contiguous() else torch.empty_like(tensor).contiguous()
-    work = dist.irecv(_message(target, channel), channel.ranks[0], group=channel.handle)
+        return _returned(gloo.broadcast(target, 0, channel), target, tensor)
+    target = tensor.detach() if tensor.is_contiguous() else torch.empty_like(tensor).contiguous()
+    work = dist.irecv(target, channel.ranks[0], group=channel.handle)
     return _returned(Handle([work], keep=target), target, tensor)
-
-
-def _message(tensor: Tensor, channel: Group) -> Tensor:
-    """What the backend is given: bytes for gloo, which lacks dtypes."""
-    return gloo.as_bytes(tensor) if channel.backend == "gloo" else tensor
 
 
 def is_lost_peer(error: BaseException) -> bool:

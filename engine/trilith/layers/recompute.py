@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-NONE, SELECTIVE, FULL = "none", "selective", "full"
+SELECTIVE, FULL = "selective", "full"
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -177,6 +177,7 @@ def local_parameter(decl: ParameterDecl, rank: int, degree: int, sequence_parall
             block = tensor.shape[split.dim] // split.num_blocks
             lo, hi, _ = split.held(rank, degree)
             shared = split.rule == "kv_heads" and split.num_blocks % degree != 0
+            assert not shared or split.dim == 0, f"{tensor.name}: heads that ranks share lie along dim 0"
             step = 1 if shared else max(hi - lo, 1)
             for at in range(lo, hi, step):
                 start, stop = [0] * len(shape), list(tensor.shape)

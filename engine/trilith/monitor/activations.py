@@ -69,7 +69,8 @@ class ActivationMeter:
             self._references[pointer] = (count - 1, num_bytes)
 
     def _pack(self, tensor: Tensor) -> _Kept:
-        return _Kept(self, tensor)
+        # Detached: an output that kept its graph, which keeps what is packed here, would never be released.
+        return _Kept(self, tensor.detach())
 
     @staticmethod
     def _unpack(kept: _Kept) -> Tensor:

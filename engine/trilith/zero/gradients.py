@@ -3,8 +3,8 @@
 Gradients accumulate in place over the microbatches of a step. In the last backward a unit whose gradients are complete is
 reduced while the rest of backward runs. Units are launched in one fixed order, that of backward, a unit only after all
 before it: every rank issues the same collectives in the same order, whatever its autograd did first or not at all. What
-is launched together (a bucket) is a matter of time only; each unit has its collectives for itself, so that the result does
-not depend on it.
+is launched together (a bucket) is a matter of time only; each unit has its collectives for itself, so that the result
+does not depend on it.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class GradientReducer:
         self._queue: deque[Bucket] = deque()
         self._exchanging: deque[_Flight] = deque()
         self._converts = policy.param_dtype != policy.grad_accum_dtype
-        summed = topology.tp.size > 1 and any(u.layout.summed for members in units.values() for u in members)
-        self._overlaps = overlap and (topology.dp.size > 1 or summed)
+        # Asked of the exchange areas, which are the same on all tensor ranks: all must launch at the same moments.
+        exchanges = any(unit.layout.exchange_numel for members in units.values() for unit in members)
+        self._overlaps = overlap and (topology.dp.size > 1 or (topology.tp.size > 1 and exchanges))
         self._hooks: list[RemovableHandle] = []
         for gradients in self._stages.values():
             for flight in gradients.flights:
@@ -114,9 +115,7 @@ class GradientReducer:
     def finish(self) -> None:
         """Wait until every gradient of the step is reduced, and be ready for the next step."""
         for stage in self._stages:
-            if not self._stages[stage].queued:
-                self.reduce(stage)
-        assert not self._queue, "a stage began its last backward and was never reduced"
+            self.reduce(stage)  # nothing is left of a stage that was reduced already
         self._settle_exchanges()
         across = self._topology.embedding_tie.size > 1
         for gradients in self._stages.values():

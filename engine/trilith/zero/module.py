@@ -12,8 +12,12 @@ over the data ranks. Repeated blocks (children of a ModuleList) are units, and s
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +34,13 @@ from trilith.optim.groups import multipliers
 from trilith.optim.lr import LearningRate, make_lr
 from trilith.optim.make import make_optimizer
 from trilith.precision import DTYPES, PrecisionPolicy
-from trilith.process_groups import build_topology, join_world
+from trilith.process_groups import build_topology, join_world, leave_world
 from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
 from trilith.topology import Degrees, Topology
 from trilith.zero.stage12 import ShardedModel, Sharding, StepOutcome
 
 ROOT_UNIT = "root"
+LEAVE_TIMEOUT_S = 5.0
 
 
 def initialize(
@@ -47,14 +52,16 @@ def initialize(
     """An engine that trains `model` on every rank of the world; every rank must call it with the same model and config.
 
     `config`: a Config, a mapping or a JSON file; no `model` or `data` section is needed, but the batch must be said
-    (`train_micro_batch_size_per_gpu`). The values of data rank 0 are given to all. `optimizer`: a torch optimizer over the
-    model's parameters instead of the config's. `lr_scheduler`: a function from steps taken to the learning rate, or, with
-    an own optimizer, a torch scheduler of it. Under torchrun the process group is made here if there is none.
+    (`train_micro_batch_size_per_gpu`). The values of data rank 0 are given to all. Parameters take the dtype
+    `data_types.param_dtype`, floating-point buffers `data_types.buffer_dtype` (fp32 also in 16-bit training).
+    `optimizer`: a torch optimizer over the model's parameters instead of the config's. `lr_scheduler`: a function from
+    steps taken to the learning rate, or, with an own optimizer, a torch scheduler of it. Under torchrun the process
+    group is made here if there is none.
 
     Raises ConfigError for a config that breaks a rule, TrilithError for a model or optimizer that cannot be trained so.
     """
     given = config if isinstance(config, Config) else load_config(config)
-    world_size = _join(given)
+    world_size, joined = _join(given)
     full = resolve(given, world_size, needs="engine").config
     if full.parallel.pipeline > 1 or full.parallel.tensor > 1:
         raise TrilithError(
@@ -63,17 +70,30 @@ def initialize(
         )
     device = _device(full)
     topology = build_topology(Degrees(shard=world_size), device, timeout_s=full.parallel.timeout_s)
-    return Engine(model, full, topology, optimizer, lr_scheduler)
+    return Engine(model, full, topology, optimizer, lr_scheduler, owns_world=joined)
 
 
-def _join(config: Config) -> int:
-    """The world size; makes the default process group where torchrun's environment asks for one."""
+def _join(config: Config) -> tuple[int, bool]:
+    """The world size, and whether the default process group was made here, as torchrun's environment asks."""
     if dist.is_initialized():
-        return dist.get_world_size()
+        return dist.get_world_size(), False
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    if world_size > 1:
-        join_world(int(os.environ["RANK"]), world_size, None, config.parallel.timeout_s, _device(config).type)
-    return world_size
+    if world_size == 1:
+        return 1, False
+    join_world(int(os.environ["RANK"]), world_size, None, config.parallel.timeout_s, _device(config).type)
+    # For scripts that never call `close`: gloo aborts a process whose peer ends while connections are open.
+    atexit.register(_end_of_process)
+    return world_size, True
+
+
+def _end_of_process() -> None:
+    """Leave the world together where that is possible; after a failure do not wait for anybody."""
+    if not dist.is_initialized():
+        return
+    if not hasattr(sys, "last_type"):
+        with suppress(RuntimeError):
+            dist.barrier(async_op=True).wait(timedelta(seconds=LEAVE_TIMEOUT_S))
+    dist.destroy_process_group()
 
 
 def _device(config: Config) -> torch.device:
@@ -159,6 +179,7 @@ class Engine:
         topology: Topology,
         optimizer: torch.optim.Optimizer | None = None,
         lr_scheduler: Any = None,
+        owns_world: bool = False,
     ) -> None:
         """Use `initialize`, which resolves the config and builds the topology."""
         if optimizer is not None and config.scheduler is not None and lr_scheduler is None:
@@ -172,6 +193,7 @@ class Engine:
                 "the number of steps taken to the learning rate. Or hand in the optimizer that it belongs to"
             )
         self.module, self.config, self.topology = module, config, topology
+        self._owns_world = owns_world
         self._own_optimizer = optimizer
         self._lr_scheduler = lr_scheduler if optimizer is not None else None
         self._lr: LearningRate = make_lr(config.scheduler, config.optimizer.params.lr)
@@ -257,8 +279,14 @@ class Engine:
         return self.train(False)
 
     def close(self) -> None:
-        """Remove all hooks; the module keeps its weights and works without the engine."""
+        """Remove all hooks; the module keeps its weights and works without the engine. Every rank must call it.
+
+        Leaves the process group if `initialize` made it.
+        """
         self.sharded.close()
+        if self._owns_world:
+            self._owns_world = False
+            leave_world()
 
 
 def _place(module: nn.Module, config: Config, topology: Topology) -> None:

@@ -27,6 +27,7 @@ from trilith.topology import Group, Topology
 from trilith.zero.flat import DeclaredModule, FlatUnit, make_unit, move_buffers
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.partition import (
+    PlacedParameter,
     flat_unit_names,
     partition_specs,
     tied_flat_units,
@@ -85,8 +86,7 @@ class StageParameters:
 
     def begin_backward(self, final: bool) -> None:
         """A backward of this stage begins; `final`: the last of the step."""
-        self._model.zero_stale_gradients()
-        self._model.reducer.begin_backward(self._stage, final)
+        self._model.begin_backward(self._stage, final)
 
     def reduce(self) -> None:
         """All gradients of this stage are complete: launch the reductions that are left."""
@@ -119,9 +119,9 @@ class ShardedModel:
         self.scaler = LossScaler.from_config(config)
         self._max_norm = config.gradient_clipping
         self._partitioned = zero.stage >= 1 and topology.dp.size > 1
-        self._stages = dict(stages)
         self._units: dict[int, tuple[FlatUnit, ...]] = {}
         self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
+        self._places: dict[tuple[int, str], tuple[FlatUnit, PlacedParameter]] = {}
         self._buffer_bytes = 0
         for index, module in stages.items():
             self._materialise(index, module)
@@ -136,7 +136,7 @@ class ShardedModel:
             overlap=zero.overlap_comm,
             bucket_numel=zero.reduce_bucket_size,
         )
-        self._stale = False
+        self._stale = self._finished = False
 
     def _materialise(self, index: int, module: DeclaredModule) -> None:
         """Buffers of one stage. Frozen parameters have weights only, and no partition."""
@@ -153,6 +153,8 @@ class ShardedModel:
             make_unit(index, layout, 0, module, self.device, self.policy, frozen=True)
             for layout in unit_layouts(frozen, 1, self.sharding.group_of)
         )
+        for unit in (*self._units[index], *self._frozen[index]):
+            self._places.update({(index, place.parameter.name): (unit, place) for place in unit.layout.placed})
         self._buffer_bytes += move_buffers(module, self.device)
 
     # ---- values -------------------------------------------------------------------------------------------------
@@ -160,13 +162,9 @@ class ShardedModel:
     def assign(self, stage: int, name: str, value: Tensor) -> None:
         """Set the local parameter `name` of `stage` to `value` (its local shape): rounded in the model, exact in the
         master weights."""
-        for unit in (*self._units[stage], *self._frozen[stage]):
-            for place in unit.layout.placed:
-                if place.parameter.name == name:
-                    assert tuple(value.shape) == place.parameter.shape, (name, value.shape)
-                    unit.assign(place.offset, value)
-                    return
-        raise KeyError(f"stage {stage} has no parameter {name}")
+        unit, place = self._places[stage, name]
+        assert tuple(value.shape) == place.parameter.shape, (name, value.shape)
+        unit.assign(place.offset, value)
 
     def stage(self, index: int) -> StageParameters:
         """What the pipeline executor needs of the parameters of stage `index`."""
@@ -186,17 +184,24 @@ class ShardedModel:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        torch._foreach_zero_([unit.gradient for unit in self.units])
-        self._stale = False
+        if self.units:
+            torch._foreach_zero_([unit.gradient for unit in self.units])
+        self._stale = self._finished = False
 
-    def zero_stale_gradients(self) -> None:
-        """Forget the gradients of a step that has been taken; called before each backward."""
+    def begin_backward(self, stage: int, final: bool) -> None:
+        """A backward of `stage` begins, `final` being its last of the step; the step before is forgotten."""
         if self._stale:
             self.zero_grad()
+        self.reducer.begin_backward(stage, final)
 
     def finish(self) -> None:
-        """Wait for all reductions. Each rank's partition of the gradients is then final: summed over all ranks."""
-        self.reducer.finish()
+        """Wait for all reductions. Each rank's partition of the gradients is then final: summed over all ranks.
+
+        `step` does it; a tool may do it before, to look at the gradients.
+        """
+        if not self._finished:
+            self.reducer.finish()
+            self._finished = True
 
     def grad_norm(self) -> float:
         """Global L2 norm of the reduced gradients as they are (loss scale included), each element counted once.
@@ -226,7 +231,7 @@ class ShardedModel:
             factor = clip_factor(norm, self._max_norm)
             self.optimizer.step(lr, scale / factor if factor else inf)
             self._publish_weights()
-        self._stale = True
+        self._stale, self._finished = True, False
         self.scaler.update(skipped)
         return StepOutcome(norm, skipped, scale)
 
