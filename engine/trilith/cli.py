@@ -123,7 +123,7 @@ def _train(args: argparse.Namespace) -> int:
     prepare_data(plan.config.data, lambda text: print(text, flush=True))
     return trilith_launcher.launch(
         "trilith.runner:run_rank",
-        {"config": plan.resolved.to_json()["config"]},
+        {"resolved": plan.resolved.to_json()},
         num_ranks=plan.world_size,
         threads_per_rank=plan.config.run.threads,
         preload=("torch", "trilith.runner"),

@@ -25,8 +25,6 @@ REGISTERED = frozenset(
         "build",
         "data_read",
         "forward",
-        "backward",
-        "reduce",
         "optimizer_step",
         "evaluate",
         "checkpoint_write",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -47,10 +48,10 @@ def run_rank(
     world_size: int,
     store_path: str | None,
     context: Context,
-    config: dict[str, Any],
+    resolved: dict[str, Any],
 ) -> None:
-    """One rank of `trilith train`: plan, data, world, trainer, run. `config` is the resolved config as JSON."""
-    plan = preflight.plan(config, world_size=world_size)
+    """One rank of `trilith train`: plan, data, world, trainer, run. `resolved` is what `Resolved.to_json` gives."""
+    plan = preflight.plan(resolved["config"], world_size=world_size)
     torch.set_num_threads(plan.config.run.threads)
     logging.basicConfig(
         level=plan.config.log_level.upper(), format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s"
@@ -63,7 +64,7 @@ def run_rank(
     here = join_world(rank, world_size, store_path, plan.config.parallel.timeout_s, device)
     trainer = Trainer(plan, Place(rank, world_size, here), Failpoints.from_environment(rank))
     context.position(stage=trainer.topology.coordinate("pp"))
-    Run(trainer, context).run()
+    Run(trainer, context, resolved).run()
     trainer.close()
     leave_world()
 
@@ -71,8 +72,9 @@ def run_rank(
 class Run:
     """One rank's main loop. Rank 0 prints, logs and writes; all ranks step together."""
 
-    def __init__(self, trainer: Trainer, context: Context) -> None:
+    def __init__(self, trainer: Trainer, context: Context, resolved: Mapping[str, Any]) -> None:
         self.trainer, self.context, self.config = trainer, context, trainer.config
+        self.resolved = resolved
         self.control = trainer.topology.control
         self.directory = Path(self.config.run.directory)
         self.checkpoints = Path(self.config.checkpoint.directory)
@@ -93,7 +95,7 @@ class Run:
         try:
             while self.trainer.state.step < steps:
                 self._step(is_last=self.trainer.state.step == steps - 1)
-            if steps % (self.config.training.eval_interval or steps + 1):
+            if self.last_step is not None and steps % (self.config.training.eval_interval or steps + 1):
                 self._evaluate()
             self._sample()
         finally:
@@ -145,8 +147,7 @@ class Run:
                 "Set checkpoint.resume to 'auto' to continue it, or choose another directory"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
-        resolved = json.dumps(self.trainer.plan.resolved.to_json(), indent=1)
-        (self.directory / "config.resolved.json").write_text(resolved + "\n")
+        (self.directory / "config.resolved.json").write_text(json.dumps(self.resolved, indent=1) + "\n")
 
     def _resume(self) -> None:
         mode = self.config.checkpoint.resume
@@ -248,7 +249,11 @@ class Run:
         if not self.is_writer or not self.timeline:
             return
         categories = {name: [rank[name] for rank in everyone] for name in mine}
-        steps, evaluations = report.read_metrics(self.directory / "metrics.jsonl")
+        try:
+            steps, evaluations = report.read_metrics(self.directory / "metrics.jsonl")
+        except (OSError, ValueError) as error:
+            print(f"warning: no report: metrics.jsonl cannot be read: {error}", file=sys.stderr)
+            return
         panels = [report.loss_panel(steps, evaluations), *self._timeline_panels(), report.memory_panel(categories)]
         tables = {"Memory per rank by category": report.memory_rows(categories)}
         report.write(self.directory, report.Report(str(self.directory), self._figures(steps), panels, tables))
@@ -308,4 +313,4 @@ def generate(trainer: Trainer, prompt: Sequence[int], count: int) -> list[int]:
 
 def run_under_torchrun(joined: JoinedRank, plan: Plan) -> int:
     """This process's part of a run that torchrun started; returns its exit code."""
-    return run_joined(joined, "trilith.runner:run_rank", {"config": plan.resolved.to_json()["config"]})
+    return run_joined(joined, "trilith.runner:run_rank", {"resolved": plan.resolved.to_json()})

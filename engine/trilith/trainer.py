@@ -75,6 +75,7 @@ class Trainer:
         """
         self.plan, self.config = plan, plan.config
         self.failpoints = failpoints or Failpoints()
+        self.failpoints.hit("build")
         timeout_s, channels = self.config.parallel.timeout_s, plan.schedule.channels()
         self.topology = build_topology(plan.degrees, place.device, timeout_s, ties=plan.ties, channels=channels)
         self.policy = PrecisionPolicy.from_config(self.config)
@@ -222,8 +223,9 @@ class Trainer:
 
         Raises CheckpointError if it belongs to another model, data set or batch size.
         """
-        entries = [checkpoint.Entry(spec.with_role(role), tensor) for role, spec, tensor in self.model.state_entries()]
-        manifest = checkpoint.load(directory, entries)
+        self.failpoints.hit("checkpoint_load")
+        manifest = checkpoint.read_manifest(directory)
+        self._require_same_model(directory, manifest.state["config"]["model"])
         if manifest.state["data"] != self.train_data.fingerprint:
             raise CheckpointError(
                 f"{directory}: was trained on other data ({manifest.state['data']}) than this config names "
@@ -235,9 +237,20 @@ class Trainer:
                 f"{directory}: {train['consumed_samples']} samples in {train['step']} steps: "
                 f"train_batch_size = {self.config.train_batch_size} differs from the run that saved it"
             )
+        entries = [checkpoint.Entry(spec.with_role(role), tensor) for role, spec, tensor in self.model.state_entries()]
+        checkpoint.load(directory, entries)
         self.state = TrainState(**train)
         self.model.load_state_dict(manifest.state["model"])
         self.model.after_load()
+
+    def _require_same_model(self, directory: Path, saved: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose model section differs in what shapes the parameters or their use."""
+        mine = self.plan.resolved.to_json()["config"]["model"]
+        for name in sorted(mine.keys() - {"dropout", "attention_dropout", "init_std"}):
+            if saved.get(name) != mine[name]:
+                raise CheckpointError(
+                    f"{directory}: model.{name} = {saved.get(name)!r} in the checkpoint, {mine[name]!r} in this config"
+                )
 
     def close(self) -> None:
         """Remove hooks; the process groups stay."""

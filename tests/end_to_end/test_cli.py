@@ -120,10 +120,9 @@ def test_check_prints_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert code == 2 and "Traceback" not in err
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
+@pytest.mark.parametrize("name", sorted({path.name for path in (ROOT / "configs").glob("*.json")} - {"schema.json"}))
 def test_shipped_configs_are_right(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if name != "schema.json":
-        assert call(capsys, "check", ROOT / "configs" / name)[0] == 0
+    assert call(capsys, "check", ROOT / "configs" / name)[0] == 0
 
 
 # ---- schedule -----------------------------------------------------------------------------------------------------

@@ -131,6 +131,16 @@ def take_another_step_s_shard(directory: Path) -> str:
     return f"{path}: its bytes differ"
 
 
+def take_another_layout_s_shard(directory: Path) -> str:
+    """What it holds makes no sense here; the message still names the file, not what follows from it."""
+    path = directory / SHARDS[1]
+    stale = save(directory.parent / "stale", 3, entries(0, 3, canonical()), {}, control())
+    shutil.copy(stale / SHARDS[0], path)
+    first, second = listed(directory)
+    seal(directory, [first, replace(second, num_bytes=path.stat().st_size)])
+    return f"{path}: its bytes differ"
+
+
 def link_shard(directory: Path) -> str:
     shutil.move(directory / SHARDS[1], directory.parent / "elsewhere")
     (directory / SHARDS[1]).symlink_to(directory.parent / "elsewhere")
@@ -188,6 +198,7 @@ DAMAGE: tuple[Callable[[Path], str], ...] = (
     add_shard,
     swap_shards,
     take_another_step_s_shard,
+    take_another_layout_s_shard,
     link_shard,
     link_manifest,
     replace_shard_by_directory,

@@ -21,7 +21,7 @@ def armed(text: str, rank: int = 0) -> Failpoints:
 def test_raises_on_its_pass_only() -> None:
     points = armed("forward:0:3:raise")
     points.hit("forward")
-    points.hit("backward")
+    points.hit("evaluate")
     points.hit("forward")
     with pytest.raises(InjectedFault, match="failpoint forward, pass 3"):
         points.hit("forward")
@@ -29,14 +29,14 @@ def test_raises_on_its_pass_only() -> None:
 
 
 def test_ranks_and_several_points() -> None:
-    text = "forward:1:1:raise, reduce:*:2:raise,reduce:*:1:sleep=0.05"
+    text = "forward:1:1:raise, build:*:2:raise,build:*:1:sleep=0.05"
     other = armed(text, rank=0)
     other.hit("forward")
     began = time.monotonic()
-    other.hit("reduce")
+    other.hit("build")
     assert time.monotonic() - began >= 0.05
     with pytest.raises(InjectedFault):
-        other.hit("reduce")
+        other.hit("build")
     with pytest.raises(InjectedFault):
         armed(text, rank=1).hit("forward")
 

@@ -183,8 +183,19 @@ def test_summed_pieces_bring_equal_gradients(degree: int, sequence_parallel: boo
             area = slice(piece.exchange_offset, piece.exchange_offset + piece.numel)
             flat[piece.offset : piece.offset + piece.numel] = exchange[area]
     summed = decl.in_sequence_region and sequence_parallel
+    assert exchange_numel == sum(num_exchanged(tensor, degree, summed) for tensor in decl.tensors)
     for index, tensor in enumerate(decl.tensors):
         check_sums(tensor, [(local.specs[index], flat) for local, flat in zip(ranks, held, strict=True)], summed)
+
+
+def num_exchanged(tensor: TensorDecl, degree: int, region_summed: bool) -> int:
+    """Elements of a tensor whose gradient is a sum over ranks: heads of several readers, and the sequence region."""
+    if tensor.split is None:
+        return tensor.numel if region_summed and degree > 1 else 0
+    if tensor.split.rule != "kv_heads":
+        return 0
+    heads, queries = tensor.split.num_blocks, tensor.split.num_queries
+    return tensor.numel // heads * sum(len(readers(head, queries, heads, degree)) > 1 for head in range(heads))
 
 
 def local_parts(local: LocalParameter, rank: int) -> torch.Tensor:

@@ -176,11 +176,13 @@ def test_csv_rows_and_resume(tmp_path: Path) -> None:
         sink.write(record)
     sink.close()
     assert [(row["step"], float(row["loss"])) for row in rows(path)] == [("1", 1 / 3), ("2", 1 / 3), ("12", 1 / 3)]
-    path.write_text(path.read_text() + "1")  # "13,..." cut short
-    sink = CsvFile(path, resume_step=5)
-    sink.write(step(3, loss=0.5, loss_scale=8.0))
-    sink.close()
-    assert [row["step"] for row in rows(path)] == ["1", "2", "3"]
+    text = path.read_text()
+    for later in (text, text[: text.index("12,")] + "1"):  # step 12 whole, or cut short to what looks like step 1
+        path.write_text(later)
+        sink = CsvFile(path, resume_step=5)
+        sink.write(step(3, loss=0.5, loss_scale=8.0))
+        sink.close()
+        assert [row["step"] for row in rows(path)] == ["1", "2", "3"]
     assert rows(path)[-1]["loss"] == "0.5", "columns keep their meaning when a figure comes new"
     assert all(None not in row for row in rows(path))
 
@@ -349,19 +351,24 @@ class Square(nn.Module):
         return (y * y.view(-1, 32)).sum()
 
 
+def inputs() -> torch.Tensor:
+    """With a gradient, so that autograd needs the weights."""
+    return torch.ones(8, 16, requires_grad=True)
+
+
 X_BYTES, Y_BYTES = 8 * 16 * 4, 8 * 32 * 4
 
 
 def test_saved_bytes_by_hand() -> None:
     module = Square()
     with ActivationMeter(module.parameters()) as meter:
-        loss = module(torch.ones(8, 16))
+        loss = module(inputs())
         assert meter.peak_bytes == X_BYTES + Y_BYTES
         loss.backward()
     assert meter.peak_bytes == X_BYTES + Y_BYTES
     assert torch.equal(module.weight.grad, torch.full((16, 32), 2.0 * 16 * 8))
     with ActivationMeter() as meter:
-        module(torch.ones(8, 16, requires_grad=True))
+        module(inputs())
     assert meter.peak_bytes == X_BYTES + Y_BYTES + 16 * 32 * 4, "weights count where they are not left out"
 
 
@@ -370,13 +377,13 @@ def test_saved_bytes_follow_the_microbatches_in_flight() -> None:
     module = Square()
     with ActivationMeter(module.parameters()) as meter:
         for _ in range(3):
-            module(torch.ones(8, 16)).backward()
+            module(inputs()).backward()
         assert meter.peak_bytes == X_BYTES + Y_BYTES
-        first, second = module(torch.ones(8, 16)), module(torch.ones(8, 16))
+        first, second = module(inputs()), module(inputs())
         assert meter.peak_bytes == 2 * (X_BYTES + Y_BYTES)
         first.backward()
         second.backward()
-        module(torch.ones(8, 16)).backward()
+        module(inputs()).backward()
     assert meter.peak_bytes == 2 * (X_BYTES + Y_BYTES)
 
 
@@ -385,7 +392,7 @@ def test_a_graph_that_is_dropped_is_released() -> None:
     module = Square()
     with ActivationMeter(module.parameters()) as meter:
         for _ in range(3):
-            module(torch.ones(8, 16))
+            module(inputs())
     assert meter.peak_bytes == X_BYTES + Y_BYTES
 
 
@@ -395,7 +402,7 @@ def test_views_of_a_flat_buffer_are_left_out_whole() -> None:
     module = Square()
     module.weight.data = flat[100:].view(16, 32)
     with ActivationMeter([module.weight]) as meter:
-        module(torch.ones(8, 16)).backward()
+        module(inputs()).backward()
     assert meter.peak_bytes == X_BYTES + Y_BYTES
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.broken_configs import edited
 from trilith import preflight
 from trilith.errors import ConfigError
-from trilith.models.base import num_parameters
+from trilith.models.base import local_parameter, num_parameters
 from trilith.trainer import Place, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +111,16 @@ def test_the_source_is_named(tmp_path: Path) -> None:
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_the_rank_that_holds_most_is_meant() -> None:
+    """Two K/V heads under six query heads on three ranks: the middle rank holds both."""
+    heads = {"model.hidden_size": 48, "model.num_heads": 6, "model.num_kv_heads": 2, "model.ffn_hidden_size": 48}
+    found = plan({**heads, "parallel": {"data": 1, "tensor": 3}, "train_batch_size": 2})
+    declared = [p for unit in found.units for p in unit.parameters if p.tie_copy == 0]
+    held = [sum(local_parameter(p, rank, 3).numel for p in declared) for rank in range(3)]
+    assert held[0] == held[2] < held[1] == preflight.rank_memory(found, 0).parameters
+
 
 HALF = {"bf16.enabled": True}
 DOUBLE = {"data_types.param_dtype": "fp64"}

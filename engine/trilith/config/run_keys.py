@@ -59,7 +59,7 @@ class TensorBoardConfig(ConfigModel):
 
 
 class CsvMonitorConfig(ConfigModel):
-    """Metrics as CSV files, one a metric."""
+    """Metrics as a CSV file, one row a step."""
 
     enabled: Bool = key(False, "Write CSV files.")
     output_path: Auto[Str] = key(
