@@ -9,5 +9,6 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() el
     echo "make gpu: no CUDA device here (or no torch with CUDA in $PYTHON): nothing was run"
     exit 0
 fi
+mkdir -p "${OUT:-benchmarks/results}"
 "$PYTHON" -m pytest -m gpu -p no:cacheprovider tests || exit $?
 "$PYTHON" -m benchmarks.step --json "${OUT:-benchmarks/results}/step_gpu.json"

@@ -62,7 +62,7 @@ class LossScaler:
     """The factor on the loss in fp16 training; 1 and never changing in other formats.
 
     Dynamic: after an overflow the scale halves, but only once `hysteresis` - 1 overflows have been let pass; after
-    `loss_scale_window` steps without one (not counting the first of them) it doubles, and the allowance is full again.
+    `loss_scale_window` steps without one it doubles, and the allowance is full again.
     With `consecutive_hysteresis` every good step refills the allowance. These are DeepSpeed's rules to the letter
     (`deepspeed/runtime/fp16/loss_scaler.py`), so that the same overflows give the same scales.
     """
@@ -144,8 +144,7 @@ class LossScaler:
     def _grow(self) -> None:
         if self._consecutive_hysteresis:
             self._hysteresis_left = self._hysteresis
-        stable = self._num_updates - self._last_overflow - 1
-        if stable > 0 and stable % self._window == 0:
+        if (self._num_updates - self._last_overflow) % self._window == 0:
             self._hysteresis_left = self._hysteresis
             self._scale *= 2.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -67,6 +68,9 @@ def run_rank(
     Run(trainer, context, resolved).run()
     trainer.close()
     leave_world()
+    # A gloo group that is still referenced when Python shuts down aborts the process: let go of them here.
+    del trainer
+    gc.collect()
 
 
 class Run:
@@ -95,7 +99,8 @@ class Run:
         try:
             while self.trainer.state.step < steps:
                 self._step(is_last=self.trainer.state.step == steps - 1)
-            if self.last_step is not None and steps % (self.config.training.eval_interval or steps + 1):
+            interval = self.config.training.eval_interval
+            if self.last_step is not None and interval and steps % interval:
                 self._evaluate()
             self._sample()
         finally:
@@ -150,17 +155,34 @@ class Run:
         (self.directory / "config.resolved.json").write_text(json.dumps(self.resolved, indent=1) + "\n")
 
     def _resume(self) -> None:
+        """Continue from the newest checkpoint that every rank can read; a damaged one is passed over, by name."""
         mode = self.config.checkpoint.resume
-        found = checkpoint.newest(self.checkpoints, print) if mode != "never" and self.is_writer else None
-        found = comm.broadcast_object(None if found is None else str(found), 0, self.control)
-        if found is not None:
-            self.trainer.resume(Path(found))
-        elif mode == "must":
+        if mode == "never":
+            return
+        found = checkpoint.candidates(self.checkpoints, print) if self.is_writer else []
+        refused = ""
+        for path in comm.broadcast_object([str(path) for path in found], 0, self.control):
+            failure = ""
+            try:
+                self.trainer.resume(Path(path))
+            except CheckpointError as error:
+                failure = str(error)
+            failure = next(filter(None, comm.gather_objects(failure, self.control)), "")
+            if not failure:
+                self.announce(f"resuming from {path}")
+                return
+            self.announce(f"checkpoint passed over: {failure}")
+            refused = refused or failure
+        if refused:
+            raise CheckpointError(refused)
+        if mode == "must":
             raise CheckpointError(f"checkpoint.resume = 'must': no valid checkpoint under {self.checkpoints}")
-        if self.is_writer and mode != "never":
-            print(
-                f"resuming from {found}" if found else f"no valid checkpoint under {self.checkpoints}: starting fresh"
-            )
+        self.announce(f"no valid checkpoint under {self.checkpoints}: starting fresh")
+
+    def announce(self, text: str) -> None:
+        """Print a line on rank 0, before there is a progress display."""
+        if self.is_writer:
+            print(text, flush=True)
 
     def _open_sinks(self, resume_step: int) -> Sinks:
         if not self.is_writer:
@@ -209,8 +231,6 @@ class Run:
         return record
 
     def _evaluate(self) -> None:
-        if self.trainer.eval_data is None:
-            return
         self.context.position(phase="evaluate")
         self.last_evaluation = self.trainer.evaluate()
         self.sinks.write(self.last_evaluation)

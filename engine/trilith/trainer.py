@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from trilith import build, checkpoint, comm
 from trilith.data.batch import Batches, open_batches
-from trilith.errors import CheckpointError
+from trilith.data.sampler import microbatch_ids
+from trilith.errors import CheckpointError, TrilithError
 from trilith.failpoints import Failpoints
 from trilith.host_memory import HostMemory
 from trilith.models.base import train_flops_per_token
@@ -93,7 +96,6 @@ class Trainer:
         self._forward_executors: dict[int, Executor] = {}
         self.lr = make_lr(self.config.scheduler, self.config.optimizer.params.lr)
         self.train_data = self._open("train")
-        self.eval_data = self._open("valid") if self.config.training.eval_batches else None
         self.state = TrainState()
         self.host_memory = HostMemory()
         self.flops_per_token = {causal: train_flops_per_token(plan.units, causal) for causal in (True, False)}
@@ -134,12 +136,18 @@ class Trainer:
         outcome = self.model.step(lr)
         marks_s = (*accumulated.marks_s, time.perf_counter())
         loss, memory = self._gather_loss(accumulated.losses)
+        if not outcome.skipped and not isfinite(outcome.grad_norm):
+            raise TrilithError(
+                f"step {self.state.step + 1}: the global gradient norm is {outcome.grad_norm} and the loss {loss}: the run "
+                "has diverged. Resume from the last checkpoint with a lower learning rate"
+            )
         self.state.step += 1
         self.state.consumed_samples += self.config.train_batch_size
         self.state.tokens += tokens
         self.host_memory.settle()
         elapsed = time.perf_counter() - marks_s[0]
-        flops = {causal: per_token * tokens / elapsed for causal, per_token in self.flops_per_token.items()}
+        positions = self.config.train_batch_size * self.config.model.sequence_length
+        flops = {causal: per_token * positions / elapsed for causal, per_token in self.flops_per_token.items()}
         peak = self.config.run.peak_flops
         world_peak = peak * self.topology.world_size if peak else None
         return StepRecord(
@@ -147,7 +155,8 @@ class Trainer:
             loss=loss,
             lr=lr,
             grad_norm=outcome.grad_norm,
-            tokens=self.state.tokens,
+            tokens=tokens,
+            consumed_tokens=self.state.tokens,
             tokens_per_s=tokens / elapsed,
             step_time_s=elapsed,
             memory_peak_bytes=memory,
@@ -165,7 +174,6 @@ class Trainer:
 
     def evaluate(self) -> EvalRecord:
         """Mean loss over `training.eval_batches` batches of the held-out split, always the same samples."""
-        assert self.eval_data is not None
         start, total, tokens = time.perf_counter(), 0.0, 0
         self._train_mode(False)
         batch_size, count = self.config.training.eval_batch_size, self.plan.eval_microbatches
@@ -178,7 +186,7 @@ class Trainer:
             losses = [output["loss"] for output in result.outputs]
             total += self._gather_loss(losses)[0] * found
             tokens += found
-        return EvalRecord(self.state.step, total / tokens, tokens, time.perf_counter() - start)
+        return EvalRecord(self.state.step, total / max(tokens, 1), tokens, time.perf_counter() - start)
 
     def forward_executor(self, num_microbatches: int) -> Executor:
         """An executor of the forward-only schedule on the same stages, made once per number of microbatches."""
@@ -243,6 +251,11 @@ class Trainer:
         self.model.load_state_dict(manifest.state["model"])
         self.model.after_load()
 
+    @cached_property
+    def eval_data(self) -> Batches:
+        """The held-out split, opened by the first evaluation."""
+        return self._open("valid")
+
     def _require_same_model(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose model section differs in what shapes the parameters or their use."""
         mine = self.plan.resolved.to_json()["config"]["model"]
@@ -269,8 +282,7 @@ class Trainer:
     def _microbatch_ids(self, first: int, count: int) -> list[Tensor]:
         """Global sample indices (B,) of this data rank's microbatches: the same global batch in every layout."""
         size, dp = self.config.train_micro_batch_size_per_gpu, self.topology.dp
-        starts = [first + (index * dp.size + dp.index) * size for index in range(count)]
-        return [torch.arange(start, start + size) for start in starts]
+        return [torch.from_numpy(microbatch_ids(first, index, size, dp.index, dp.size)) for index in range(count)]
 
     def _microbatches(self, data: Batches, ids: Sequence[Tensor]) -> tuple[list[Microbatch], int]:
         """This rank's microbatches, and the step's global number of target tokens, known before the first backward."""
@@ -296,7 +308,7 @@ class Trainer:
                     loss_mask=place(sample.loss_mask) if sample is not None and last else None,
                     positions=positions,
                     sample_ids=sample_ids.to(device),
-                    loss_weight=1.0 / tokens,
+                    loss_weight=1.0 / max(tokens, 1),  # no label counts: the loss is 0
                 )
             )
         return batches, tokens
@@ -326,6 +338,8 @@ class Trainer:
         local = sum(
             (loss.double() for loss in losses), torch.zeros((), dtype=torch.float64, device=self.topology.device)
         )
-        mine = [float(local) if counted else 0.0, float(peak_memory_bytes(self.topology.device))]
-        everyone = comm.gather_objects(mine, self.topology.control)
-        return sum(loss for loss, _ in everyone), int(max(peak for _, peak in everyone))
+        peak = peak_memory_bytes(self.topology.device)
+        mine = torch.tensor([float(local) if counted else 0.0, float(peak)], dtype=torch.float64)
+        everyone = torch.empty(2 * self.topology.world_size, dtype=torch.float64)
+        comm.all_gather(everyone, mine, self.topology.control).wait()
+        return sum(everyone[::2].tolist()), int(everyone[1::2].max())

@@ -16,6 +16,15 @@ def test_layout_reproduces_one_process(cell: Cell) -> None:
     assert difference <= RTOL, f"{cell}: {difference:.2e}"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", covering_array()[::3], ids=str)
+def test_layout_reproduces_one_process_on_cuda(cell: Cell) -> None:
+    """The same on CUDA, ranks sharing the device."""
+    curve = run(config(cell), timeout_s=300, device="cuda")
+    difference = worst_relative(curve, reference(reference_config(cell), "cuda"))
+    assert difference <= RTOL, f"{cell}: {difference:.2e}"
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_loss_is_bit_equal_across_schedules(family: str) -> None:
     """One layout, three schedules (one of them cut into other stages): the same bits, with dropout and clipping."""

@@ -116,7 +116,8 @@ def test_what_a_run_leaves(straight: Straight) -> None:
     steps, evaluations = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
     assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
     assert all(set(r) >= NEEDED for r in steps)
-    assert [r["tokens"] for r in steps] == [4 * 8 * n for n in range(1, STEPS + 1)]
+    assert [r["tokens"] for r in steps] == [4 * 8] * STEPS
+    assert [r["consumed_tokens"] for r in steps] == [4 * 8 * n for n in range(1, STEPS + 1)]
     assert [r["step"] for r in evaluations] == [3, 6] and all(r["eval_tokens"] == 2 * 4 * 8 for r in evaluations)
     assert published_steps(here / "checkpoints") == [4, 6]
     resolved = json.loads((here / "config.resolved.json").read_text())

@@ -30,6 +30,7 @@ STEP = StepRecord(
     step_time_s=0.25,
     memory_peak_bytes=3 << 30,
     consumed_samples=32,
+    consumed_tokens=4096,
     model_flops_per_s_causal=2.5e9,
     model_flops_per_s_noncausal=3e9,
 )

@@ -46,20 +46,19 @@ def test_hysteresis_is_used_up_then_the_scale_halves() -> None:
     assert scales(scaler, "xx.x") == [16, 8, 8, 4]
 
 
-def test_the_window_begins_one_step_after_the_last_overflow() -> None:
+def test_the_window_counts_from_the_last_overflow() -> None:
     scaler = LossScaler(dynamic=True, scale=16, window=3, hysteresis=1)
-    assert scales(scaler, "x......x....") == [8, 8, 8, 8, 16, 16, 16, 8, 8, 8, 8, 16]
+    assert scales(scaler, "x......x....") == [8, 8, 8, 16, 16, 16, 32, 16, 16, 16, 32, 32]
 
 
-def test_without_any_overflow_growth_starts_after_the_window() -> None:
+def test_without_any_overflow_the_scale_doubles_every_window() -> None:
     scaler = LossScaler(dynamic=True, scale=1, window=2, hysteresis=2)
-    # Iteration 0 has no stable interval yet; intervals 2 and 4 are full windows.
-    assert scales(scaler, "......") == [1, 1, 2, 2, 4, 4]
+    assert scales(scaler, "......") == [1, 2, 2, 4, 4, 8]
 
 
 def test_growth_refills_the_hysteresis() -> None:
     scaler = LossScaler(dynamic=True, scale=16, window=2, hysteresis=2)
-    assert scales(scaler, "xx...xx") == [16, 8, 8, 8, 16, 16, 8]
+    assert scales(scaler, "xx...xx") == [16, 8, 8, 16, 16, 16, 8]
 
 
 def test_consecutive_hysteresis_is_refilled_by_every_good_step() -> None:

@@ -154,17 +154,23 @@ def published_steps(root: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
-def newest(root: Path, report: Callable[[str], object] | None = None) -> Path | None:
-    """The newest checkpoint under `root` whose manifest is valid, or None.
+def candidates(root: Path, report: Callable[[str], object] | None = None) -> list[Path]:
+    """The checkpoints under `root` whose manifest is valid, newest first.
 
-    `report` is told of every newer one that is passed over, and why.
+    `report` is told of every one that is passed over, and why.
     """
+    found = []
     for step in reversed(published_steps(root)):
         try:
             read_manifest(step_directory(root, step))
         except CheckpointError as error:
             if report is not None:
                 report(f"checkpoint passed over: {error}")
-            continue
-        return step_directory(root, step)
-    return None
+        else:
+            found.append(step_directory(root, step))
+    return found
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint under `root` whose manifest is valid, or None."""
+    return next(iter(candidates(root)), None)

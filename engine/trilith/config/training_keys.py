@@ -254,5 +254,5 @@ class DataTypesConfig(ConfigModel):
         "auto", "Accumulated gradients. auto: fp32; fp64 where param_dtype is fp64."
     )
     buffer_dtype: Auto[DtypeName] = key(
-        "auto", "Tables that are no parameters (rotary angles). auto: fp32; fp64 where param_dtype is fp64."
+        "auto", "Floating-point buffers of a trilith.initialize module. auto: fp32; fp64 where param_dtype is fp64."
     )

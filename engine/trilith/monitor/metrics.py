@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `tokens` counts target positions consumed since the start of training, this step included.
+    """One optimizer step. `tokens` counts its target positions, `consumed_tokens` those since the start of training.
 
     `model_flops_per_s_causal` and `_noncausal` are achieved model FLOP/s over all ranks without recompute, attention
     counted over half or the whole of the sequence; `mfu_*` divide by the peak of all ranks where one is known.
@@ -30,6 +30,7 @@ class StepRecord:
     step_time_s: float
     memory_peak_bytes: int
     consumed_samples: int
+    consumed_tokens: int
     model_flops_per_s_causal: float
     model_flops_per_s_noncausal: float
     mfu_causal: float | None = None

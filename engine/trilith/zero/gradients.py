@@ -64,7 +64,7 @@ class GradientReducer:
         overlap: bool = True,
         bucket_numel: int = _LATENCY_BOUND,
     ) -> None:
-        self._topology = topology
+        self.topology = topology
         self._policy = policy
         self._tied_units = tied_units
         bucket_numel = min(bucket_numel, _LATENCY_BOUND)
@@ -109,7 +109,7 @@ class GradientReducer:
                 assert flight.launched, f"{flight.unit.layout.name} is summed with its copy before it is reduced"
                 self._settle(flight)
                 gradients.tied.append(
-                    comm.all_reduce(flight.unit.own_gradient, self._topology.embedding_tie, async_op=True)
+                    comm.all_reduce(flight.unit.own_gradient, self.topology.embedding_tie, async_op=True)
                 )
 
     def finish(self) -> None:
@@ -117,7 +117,7 @@ class GradientReducer:
         for stage in self._stages:
             self.reduce(stage)  # nothing is left of a stage that was reduced already
         self._settle_exchanges()
-        across = self._topology.embedding_tie.size > 1
+        across = self.topology.embedding_tie.size > 1
         for gradients in self._stages.values():
             for flight in gradients.flights:
                 self._settle(flight)
@@ -203,7 +203,7 @@ class GradientReducer:
 
     def _start_exchange(self, flight: _Flight) -> None:
         """Begin the sum over tensor ranks of the pieces that several of them hold; the others contribute zeros."""
-        layout, gradient, group = flight.unit.layout, flight.unit.gradient, self._topology.tp
+        layout, gradient, group = flight.unit.layout, flight.unit.gradient, self.topology.tp
         if group.size == 1 or not layout.exchange_numel:
             return
         if layout.sums_in_place:
@@ -217,7 +217,7 @@ class GradientReducer:
 
     def _start_reduction(self, flight: _Flight) -> None:
         """Take in the sum over tensor ranks, and begin the sum over data ranks."""
-        unit, group = flight.unit, self._topology.dp
+        unit, group = flight.unit, self.topology.dp
         if flight.exchange is not None:
             assert flight.handle is not None
             flight.handle.wait()

@@ -15,10 +15,13 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,7 +39,7 @@ from trilith.optim.make import make_optimizer
 from trilith.precision import DTYPES, PrecisionPolicy
 from trilith.process_groups import build_topology, join_world, leave_world
 from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
-from trilith.topology import Degrees, Topology
+from trilith.topology import Degrees, Group, Topology
 from trilith.zero.stage12 import ShardedModel, Sharding, StepOutcome
 
 ROOT_UNIT = "root"
@@ -81,19 +84,20 @@ def _join(config: Config) -> tuple[int, bool]:
     if world_size == 1:
         return 1, False
     join_world(int(os.environ["RANK"]), world_size, None, config.parallel.timeout_s, _device(config).type)
-    # For scripts that never call `close`: gloo aborts a process whose peer ends while connections are open.
-    atexit.register(_end_of_process)
     return world_size, True
 
 
-def _end_of_process() -> None:
-    """Leave the world together where that is possible; after a failure do not wait for anybody."""
+def _end_of_process(engine: weakref.ref[Engine]) -> None:
+    """For scripts that never call `close`: leave the world together if possible, after a failure without waiting."""
     if not dist.is_initialized():
         return
     if not hasattr(sys, "last_type"):
         with suppress(RuntimeError):
             dist.barrier(async_op=True).wait(timedelta(seconds=LEAVE_TIMEOUT_S))
     dist.destroy_process_group()
+    found = engine()
+    if found is not None:
+        found.forget_groups()
 
 
 def _device(config: Config) -> torch.device:
@@ -194,6 +198,8 @@ class Engine:
             )
         self.module, self.config, self.topology = module, config, topology
         self._owns_world = owns_world
+        if owns_world:
+            atexit.register(_end_of_process, weakref.ref(self))
         self._own_optimizer = optimizer
         self._lr_scheduler = lr_scheduler if optimizer is not None else None
         self._lr: LearningRate = make_lr(config.scheduler, config.optimizer.params.lr)
@@ -287,6 +293,16 @@ class Engine:
         if self._owns_world:
             self._owns_world = False
             leave_world()
+            self.forget_groups()
+
+    def forget_groups(self) -> None:
+        """Let go of all process groups, for good.
+
+        gloo's threads abort a process in which a group lives on until the interpreter is gone.
+        """
+        alone = Group("control", (self.topology.rank,), 0)
+        self.topology = replace(self.topology, control=alone, groups=MappingProxyType({}))
+        self.sharded.topology = self.sharded.reducer.topology = self.topology
 
 
 def _place(module: nn.Module, config: Config, topology: Topology) -> None:
