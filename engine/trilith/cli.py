@@ -115,7 +115,9 @@ def _train(args: argparse.Namespace) -> int:
         joined = trilith_launcher.join_from_environment()
     except ValueError as error:
         raise TopologyError(str(error)) from None
-    plan = preflight.plan(args.config, args.overrides, joined.world_size if joined else args.world_size)
+    world_size = joined.world_size if joined else args.world_size
+    local_ranks = joined.local_world_size if joined else None
+    plan = preflight.plan(args.config, args.overrides, world_size, local_ranks)
     if joined:
         from trilith import runner
 

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from trilith.config import Config, Resolved, load_config, resolve
-from trilith.data.batch import check_data
-from trilith.errors import Violation
+from trilith.data.batch import check_data, open_batches
+from trilith.errors import DataError, Violation
 from trilith.models.base import (
     UnitDecl,
     local_parameter,
@@ -84,12 +84,19 @@ class Plan:
         return group_plan(self.degrees, ties=self.ties, channels=self.schedule.channels())
 
 
-def plan(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), world_size: int | None = None) -> Plan:
+def plan(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    local_ranks: int | None = None,
+) -> Plan:
     """Load, resolve and check a config against `world_size` ranks (None: the product of its degrees).
+
+    `local_ranks` of them share this machine (None: all), which `run.threads` goes by.
 
     Raises ConfigError with every violation of every room at once.
     """
-    resolved = resolve(load_config(source, overrides), world_size, checks=(layout_problems,))
+    resolved = resolve(load_config(source, overrides), world_size, local_ranks=local_ranks, checks=(layout_problems,))
     config = resolved.config
     parallel, stages = config.parallel, config.parallel.pipeline * config.pipeline.virtual_stages
     units = declare(config.model)
@@ -114,8 +121,22 @@ def layout_problems(config: Config) -> list[Violation]:
         *rules(config),
         *schedule_problems(*_schedule_arguments(config)),
         *partition_problems(config.model.num_layers, stages, config.pipeline.partition),
-        *check_data(config.data, config.model.sequence_length, config.model.vocab_size),
+        *_data_problems(config),
     ]
+
+
+def _data_problems(config: Config) -> list[Violation]:
+    """What the data section breaks; for data sets on disk also that each split that is read has a sample."""
+    model = config.model
+    found = check_data(config.data, model.sequence_length, model.vocab_size)
+    if found or not config.data.paths:
+        return found
+    for split in ("train", "valid") if config.training.eval_interval else ("train",):
+        try:
+            open_batches(config.data, model.sequence_length, model.vocab_size, split)
+        except DataError as error:
+            found.append(Violation("data.split", list(config.data.split), f"split {split!r}: {error}"))
+    return found
 
 
 def _schedule_arguments(config: Config) -> tuple[str, int, int, int]:

@@ -29,6 +29,7 @@ class JoinedRank:
     world_size: int
     local_rank: int
     error_file: Path | None
+    local_world_size: int | None = None
 
 
 def join_from_environment(environment: Mapping[str, str] = os.environ) -> JoinedRank | None:
@@ -41,6 +42,7 @@ def join_from_environment(environment: Mapping[str, str] = os.environ) -> Joined
     try:
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         local_rank = int(environment.get("LOCAL_RANK", "0"))
+        local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "0")) or None
     except KeyError as missing:
         raise ValueError(f"RANK is set but {missing.args[0]} is not: set both, or none, or use torchrun") from None
     except ValueError as wrong:
@@ -48,7 +50,7 @@ def join_from_environment(environment: Mapping[str, str] = os.environ) -> Joined
     if not 0 <= rank < world_size or local_rank < 0:
         raise ValueError(f"RANK = {rank}, WORLD_SIZE = {world_size}, LOCAL_RANK = {local_rank}: out of range")
     error_file = environment.get("TORCHELASTIC_ERROR_FILE", "")
-    return JoinedRank(rank, world_size, local_rank, Path(error_file) if error_file else None)
+    return JoinedRank(rank, world_size, local_rank, Path(error_file) if error_file else None, local_world_size)
 
 
 def run_joined(joined: JoinedRank, target: str, args: Mapping[str, Any]) -> int:

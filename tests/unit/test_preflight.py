@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from tests.broken_configs import edited
+from tests.cells import Cell, config
 from trilith import preflight
+from trilith.data.indexed import IndexedDatasetWriter, token_dtype
 from trilith.errors import ConfigError
 from trilith.models.base import local_parameter, num_parameters
 from trilith.trainer import Place, Trainer
@@ -248,6 +250,7 @@ TIMED = """
 import json, sys, time
 start = time.process_time()
 from trilith import preflight
+from trilith.data.indexed import IndexedDatasetWriter, token_dtype
 plan = preflight.plan(json.load(sys.stdin))
 text, content = preflight.describe(plan), preflight.to_json(plan)
 print(json.dumps([time.process_time() - start, "torch" in sys.modules, "numpy" in sys.modules, content]))
@@ -273,3 +276,21 @@ def test_a_thousand_ranks_without_torch() -> None:
     assert len(content["stages"]) == 16 and sum(len(stage["units"]) for stage in content["stages"]) == 128
     assert max(rank["total_bytes"] for rank in content["ranks"]) < 80e9
     assert seconds < 2.0
+
+
+def test_a_data_set_too_small_for_a_split_is_refused(tmp_path: Path) -> None:
+    """Known from the index alone: no rank has to start to find out."""
+    prefix = tmp_path / "small"
+    with IndexedDatasetWriter(prefix, token_dtype(61)) as writer:
+        for _ in range(4):
+            writer.add_document(list(range(40)))
+    content = config(Cell())
+    content["data"] = {"paths": [str(prefix)], "split": [1, 0, 0]}
+    preflight.plan(content)
+    content["training"]["eval_interval"] = 5
+    with pytest.raises(ConfigError, match=r"data\.split"):
+        preflight.plan(content)
+    content["data"]["split"] = [1, 1, 0]
+    content["model"]["sequence_length"] = 120
+    with pytest.raises(ConfigError, match=r"data\.split"):
+        preflight.plan(content)
