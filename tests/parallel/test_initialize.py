@@ -324,17 +324,23 @@ import sys
 import torch, trilith
 from torch import nn
 torch.manual_seed(0)
-net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-engine = trilith.initialize(net, {"train_batch_size": 8, "run": {"device": "cpu"}})
-engine.backward(engine(torch.ones(4, 4)).square().mean())
-engine.step()
-assert engine.topology.world_size == 2 and engine.global_grad_norm > 0
-if sys.argv[1] == "close":
-    engine.close()
+def main():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    engine = trilith.initialize(net, {"train_batch_size": 8, "run": {"device": "cpu"}})
+    engine.backward(engine(torch.ones(4, 4)).square().mean())
+    engine.step()
+    assert engine.topology.world_size == 2 and engine.global_grad_norm > 0
+    if sys.argv[1] == "close":
+        engine.close()
+    return engine if sys.argv[1] == "keep the engine" else net
+if sys.argv[1] == "let everything go":
+    main()
+else:
+    kept = main()
 """
 
 
-@pytest.mark.parametrize("ending", ["close", "just end"])
+@pytest.mark.parametrize("ending", ["close", "keep the engine", "keep the model", "let everything go"])
 def test_under_torchrun_it_makes_the_process_group_and_ends_in_peace(tmp_path: Path, ending: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

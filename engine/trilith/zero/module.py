@@ -40,6 +40,7 @@ from trilith.precision import DTYPES, PrecisionPolicy
 from trilith.process_groups import build_topology, join_world, leave_world
 from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
 from trilith.topology import Degrees, Group, Topology
+from trilith.zero.gradients import GradientReducer
 from trilith.zero.stage12 import ShardedModel, Sharding, StepOutcome
 
 ROOT_UNIT = "root"
@@ -87,17 +88,28 @@ def _join(config: Config) -> tuple[int, bool]:
     return world_size, True
 
 
-def _end_of_process(engine: weakref.ref[Engine]) -> None:
-    """For scripts that never call `close`: leave the world together if possible, after a failure without waiting."""
+def _end_of_process(engine: weakref.ref[Engine], reducer: weakref.ref[GradientReducer]) -> None:
+    """For scripts that never call `close`: leave the world together if possible, after a failure without waiting.
+
+    The engine may be gone while hooks of a living module still hold the reducer, and with it the groups.
+    """
     if not dist.is_initialized():
         return
     if not hasattr(sys, "last_type"):
         with suppress(RuntimeError):
             dist.barrier(async_op=True).wait(timedelta(seconds=LEAVE_TIMEOUT_S))
     dist.destroy_process_group()
-    found = engine()
+    found, left = engine(), reducer()
     if found is not None:
         found.forget_groups()
+    elif left is not None:
+        left.topology = _without_groups(left.topology)
+
+
+def _without_groups(topology: Topology) -> Topology:
+    """The same place in the world, with nobody to talk to."""
+    alone = Group("control", (topology.rank,), 0)
+    return replace(topology, control=alone, groups=MappingProxyType({}))
 
 
 def _device(config: Config) -> torch.device:
@@ -198,8 +210,6 @@ class Engine:
             )
         self.module, self.config, self.topology = module, config, topology
         self._owns_world = owns_world
-        if owns_world:
-            atexit.register(_end_of_process, weakref.ref(self))
         self._own_optimizer = optimizer
         self._lr_scheduler = lr_scheduler if optimizer is not None else None
         self._lr: LearningRate = make_lr(config.scheduler, config.optimizer.params.lr)
@@ -210,6 +220,8 @@ class Engine:
         sharding = _sharding(declared, module, config, optimizer)
         policy = PrecisionPolicy.from_config(config)
         self.sharded = ShardedModel({0: declared}, topology, policy, config, sharding)
+        if owns_world:
+            atexit.register(_end_of_process, weakref.ref(self), weakref.ref(self.sharded.reducer))
         self._parameters = self.sharded.stage(0)
         self._accumulation = config.gradient_accumulation_steps
         self._microbatch = 0
@@ -300,8 +312,7 @@ class Engine:
 
         gloo's threads abort a process in which a group lives on until the interpreter is gone.
         """
-        alone = Group("control", (self.topology.rank,), 0)
-        self.topology = replace(self.topology, control=alone, groups=MappingProxyType({}))
+        self.topology = _without_groups(self.topology)
         self.sharded.topology = self.sharded.reducer.topology = self.topology
 
 
