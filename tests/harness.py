@@ -413,6 +413,7 @@ def _call(job: Job, rank: int) -> Any:
             world_size=job.world_size,
             timeout=timedelta(seconds=job.timeout_s),
         )
+        dist.all_reduce(torch.zeros(1))  # a case may end, or leave, while slower ranks still connect
     fn, args = pickle.loads(job.call)
     return fn(rank, job.world_size, *args)
 

@@ -66,7 +66,7 @@ def check_groups(topology: Topology) -> None:
 
 def every_layout(rank: int, world_size: int, directory: str) -> int:
     """Join, build twice, check, leave: for every layout of this world."""
-    dist.destroy_process_group()
+    leave_world()
     for number, degrees in enumerate(layouts(world_size)):
         assert join_world(rank, world_size, Path(directory) / f"store{number}", 30) == CPU
         for _ in range(2):  # a second topology in one world works too
