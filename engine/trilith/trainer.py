@@ -61,7 +61,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """A step between its backward and its update: when it began, its global target tokens, this rank's losses."""
+    """A step between its backward and its update: when its phases began, its global target tokens, this rank's losses."""
 
     marks_s: tuple[float, ...]
     tokens: int
@@ -165,7 +165,7 @@ class Trainer:
             model_flops_per_s_noncausal=flops[False],
             mfu_causal=flops[True] / world_peak if world_peak else None,
             mfu_noncausal=flops[False] / world_peak if world_peak else None,
-            loss_scale=outcome.loss_scale if self.config.fp16.enabled else None,
+            loss_scale=outcome.loss_scale if self.policy.scales_loss else None,
             skipped=outcome.skipped,
             breakdown=self._breakdown(marks_s),
         )
