@@ -19,6 +19,7 @@ check: setup
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 matrix: setup
+	$(BIN)/python -m pytest -m "slow and not gpu" tests
 	$(BIN)/python -m tests.matrix
 
 bench: setup

@@ -46,9 +46,10 @@ class Result:
 
 @dataclass
 class Benchmark:
-    """Collects rows; writes the table and the JSON."""
+    """Collects rows; writes the table and the JSON. `config`: what was run, where the rows' names do not say it all."""
 
     name: str
+    config: dict[str, Any] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
 
     def compare(self, case: str, ours: Callable[[], Any], peer: Callable[[], Any], **about: Any) -> Result:
@@ -91,6 +92,7 @@ class Benchmark:
             "benchmark": self.name,
             "commit": commit(),
             "machine": machine(),
+            **({"config": self.config} if self.config else {}),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "results": [asdict(result) for result in self.results],
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,22 @@ class Block(nn.Module):
         x = x + F.dropout(self.out(y.transpose(1, 2).reshape(b, s, h)), p)
         return x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")), p)
 
+    def load_canonical(self, weights: Mapping[str, Tensor], layer: int) -> None:
+        """Take the values of global layer `layer` by the engine's canonical tensor names."""
+        at = f"layers.{layer}."
+        with torch.no_grad():
+            for kind in ("weight", "bias"):
+                qkv = [weights[f"{at}attention.{part}.{kind}"] for part in "qkv"]
+                getattr(self.qkv, kind).copy_(torch.cat(qkv))
+                for module, name in (
+                    (self.norm1, "attention_norm"),
+                    (self.norm2, "mlp_norm"),
+                    (self.out, "attention.output"),
+                    (self.up, "mlp.up"),
+                    (self.down, "mlp.down"),
+                ):
+                    getattr(module, kind).copy_(weights[f"{at}{name}.{kind}"])
+
 
 class PlainGPT(nn.Module):
     """GPT-2 with a tied head. `forward` gives the mean token loss of tokens and labels (B, S)."""
@@ -65,25 +82,14 @@ class PlainGPT(nn.Module):
         logits = F.linear(self.norm(x), self.tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
-    def load_canonical(self, weights: dict[str, Tensor]) -> None:
+    def load_canonical(self, weights: Mapping[str, Tensor]) -> None:
         """Take initial values by the engine's canonical tensor names."""
         with torch.no_grad():
             self.tokens.weight.copy_(weights["embedding.tokens.weight"])
             self.positions.weight.copy_(weights["embedding.positions.weight"])
             for index, block in enumerate(self.blocks):
                 assert isinstance(block, Block)
-                at = f"layers.{index}."
-                for kind in ("weight", "bias"):
-                    qkv = [weights[f"{at}attention.{part}.{kind}"] for part in "qkv"]
-                    getattr(block.qkv, kind).copy_(torch.cat(qkv))
-                    for module, name in (
-                        (block.norm1, "attention_norm"),
-                        (block.norm2, "mlp_norm"),
-                        (block.out, "attention.output"),
-                        (block.up, "mlp.up"),
-                        (block.down, "mlp.down"),
-                    ):
-                        getattr(module, kind).copy_(weights[f"{at}{name}.{kind}"])
+                block.load_canonical(weights, index)
             self.norm.weight.copy_(weights["head.norm.weight"])
             self.norm.bias.copy_(weights["head.norm.bias"])
 

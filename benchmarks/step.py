@@ -71,7 +71,7 @@ class Pair:
         batches = []
         for index in range(count):
             first = (self.at * count + index) * size
-            sample = self.engine.train_data.samples(range(first, first + size))
+            sample = self.engine.feed.train_data.samples(range(first, first + size))
             batches.append((torch.from_numpy(sample.tokens), torch.from_numpy(sample.labels)))
         self.at += 1
         return self.plain.step(batches)
@@ -81,6 +81,7 @@ class Pair:
         worst = 0.0
         for _ in range(CHECKED_STEPS):
             record, (loss, norm) = self.engine.train_step(), self.plain_step()
+            assert record.grad_norm is not None
             worst = max(worst, abs(record.loss / loss - 1), abs(record.grad_norm / norm - 1))
         return worst
 

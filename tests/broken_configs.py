@@ -181,7 +181,6 @@ CONTRADICTIONS = (
     ),
     _wrong("indivisible_heads", "model.num_heads", 5, "hidden_size 30 or 35"),
     _wrong("indivisible_kv_heads", "model.num_kv_heads", 3, "One of 1, 2, 4."),
-    _wrong("virtual_stages_without_interleaving", "pipeline.virtual_stages", 2, "interleaved_1f1b"),
     BrokenConfig(
         "virtual_stages_without_pipeline",
         edited({"pipeline": {"schedule": "interleaved_1f1b", "virtual_stages": 2}, "parallel.pipeline": 1}),
@@ -211,6 +210,35 @@ CONTRADICTIONS = (
     _wrong("context_parallel", "parallel.context", 2, "only 1"),
 )
 
+PIPEDREAM = {"pipeline.schedule": "pipedream", "gradient_clipping": 0, "model.tie_embeddings": False}
+
+SCHEDULES = (
+    BrokenConfig(
+        "schedule_without_its_file", edited({"pipeline.schedule": "file"}), "pipeline.schedule_file", "Give the file"
+    ),
+    _wrong("file_without_its_schedule", "pipeline.schedule_file", "mine.txt", 'set pipeline.schedule to "file"'),
+    BrokenConfig(
+        "pipedream_clips", edited(PIPEDREAM | {"gradient_clipping": 1.0}), "gradient_clipping", "Set it to 0."
+    ),
+    BrokenConfig(
+        "pipedream_ties",
+        edited(PIPEDREAM | {"model.tie_embeddings": "auto"}),
+        "model.tie_embeddings",
+        "Set it to false.",
+    ),
+    BrokenConfig("pipedream_scales", edited(PIPEDREAM | {"fp16.enabled": True}), "fp16.loss_scale", "fixed"),
+    BrokenConfig(
+        "pipedream_skips", edited(PIPEDREAM | {"bf16.enabled": True}), "bf16.check_grad_overflow", "Set it to false."
+    ),
+    BrokenConfig(
+        "postvalidation_of_nothing",
+        edited({"pipeline.schedule": "pipedream_2bw", "pipeline.optimizer_sync": "postvalidate"}),
+        "pipeline.optimizer_sync",
+        'Use "step".',
+    ),
+    _wrong("memory_limit_of_nothing", "pipeline.memory_limit_bytes", 0, "at least 1"),
+)
+
 REFUSED = (
     _wrong("zero_3", "zero_optimization.stage", 3, "not built yet"),
     BrokenConfig(
@@ -234,6 +262,33 @@ PREFLIGHT = (
     _preflight("more_stages_than_layers", "model.num_layers", {"parallel": {"pipeline": 8}}),
     _preflight("partition_of_other_length", "pipeline.partition", {"pipeline.partition": [1, 1, 2]}),
     _preflight("partition_of_other_sum", "pipeline.partition", {"pipeline.partition": [1, 2]}),
+    _preflight("virtual_stages_without_interleaving", "pipeline.virtual_stages", {"pipeline.virtual_stages": 2}),
+    _preflight(
+        "one_stage_a_rank_in_a_v",
+        "pipeline.virtual_stages",
+        {"pipeline.schedule": "zb_v", "pipeline.virtual_stages": 1},
+    ),
+    _preflight(
+        "too_few_microbatches",
+        "gradient_accumulation_steps",
+        {"pipeline.schedule": "zb_h2", "train_batch_size": 4},
+    ),
+    _preflight(
+        "too_few_microbatches_for_two_versions",
+        "gradient_accumulation_steps",
+        {"pipeline.schedule": "pipedream_2bw", "train_batch_size": 4},
+    ),
+    _preflight(
+        "no_such_schedule_file",
+        "pipeline.schedule_file",
+        {"pipeline.schedule": "file", "pipeline.schedule_file": "there/is/none.txt"},
+    ),
+    _preflight("memory_limit", "pipeline.memory_limit_bytes", {"pipeline.memory_limit_bytes": 1000}),
+    _preflight(
+        "memory_limit_of_a_search",
+        "pipeline.memory_limit_bytes",
+        {"pipeline.memory_limit_bytes": 1000, "pipeline.schedule": "auto"},
+    ),
 )
 
 BROKEN_CONFIGS: tuple[BrokenConfig, ...] = (
@@ -242,6 +297,7 @@ BROKEN_CONFIGS: tuple[BrokenConfig, ...] = (
     *TYPES,
     *BATCH,
     *CONTRADICTIONS,
+    *SCHEDULES,
     *REFUSED,
     *PREFLIGHT,
 )

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from trilith.pipeline.schedules import SCHEDULES as SCHEDULE_RECIPES
+
 MAX_RANKS = 8
 LARGE = 5
 DEGREES = ("data", "pipeline", "tensor")
@@ -49,13 +51,17 @@ class Cell:
         return "-".join([*parts, self.recompute, f"drop{self.dropout}", *on])
 
 
-SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 3))
+SCHEDULES = (
+    *(("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 3)),
+    *(("zb_h1", 1), ("zb_h2", 1), ("zb_v", 2), ("v_half", 2), ("v_min", 2), ("dualpipe_v", 2)),
+)
+MANY = 16  # microbatches, only for schedules that need more than the others have
 AXES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("data", tuple(range(1, 9))),
     ("pipeline", tuple(range(1, 9))),
     ("tensor", tuple(range(1, 9))),
     ("schedule", SCHEDULES),
-    ("microbatches", (1, 3, 4, 5, 8)),
+    ("microbatches", (1, 3, 4, 5, 8, MANY)),
     ("zero", (0, 1)),
     ("tied", (False, True)),
     ("sequence_parallel", (False, True)),
@@ -70,8 +76,13 @@ LAYOUTS = tuple((d, p, t) for d, p, t in itertools.product(range(1, 9), repeat=3
 
 def allowed(values: dict[str, Any]) -> bool:
     """Whether a (partial) choice of values can be completed to a cell that means something."""
-    virtual, sequence_parallel = values.get("schedule", ("", 1))[1] > 1, values.get("sequence_parallel", False)
+    name, virtual_stages = values.get("schedule", ("zb_h2", 1))
+    virtual, sequence_parallel = virtual_stages > 1, values.get("sequence_parallel", False)
     pipeline = values.get("pipeline", 2 if virtual else 1)
+    least = [SCHEDULE_RECIPES[name].min_microbatches(p) for p in range(pipeline, values.get("pipeline", MAX_RANKS) + 1)]
+    microbatches = values.get("microbatches", max(least[0], 8 if least[-1] <= 8 else MANY))
+    if microbatches < least[0] or (microbatches == MANY and least[-1] <= 8):
+        return False
     tensor = values.get("tensor", 2 if sequence_parallel else 1)
     if values.get("data", 1) * pipeline * tensor > MAX_RANKS:
         return False

@@ -12,7 +12,7 @@ from tests.harness import run_ranks
 from trilith import preflight
 from trilith.trainer import Place, Trainer
 
-Curve = list[tuple[float, float]]
+Curve = list[tuple[float, float | None]]
 
 
 def train(rank: int, world_size: int, content: dict[str, Any], device: str = "cpu") -> Curve:

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trilith.config import Config, load_config
+    from trilith.models.pipeline_model import LayerSpec, PipelineModel, TiedLayerSpec
+    from trilith.pipeline_engine.engine import initialize
     from trilith.trainer import Trainer
-    from trilith.zero.module import initialize
 
-__all__ = ["Config", "Trainer", "initialize", "load_config"]
+__all__ = ["Config", "LayerSpec", "PipelineModel", "TiedLayerSpec", "Trainer", "initialize", "load_config"]
 __version__ = "0.1.0"
 
 _HOMES = MappingProxyType(
     {
         "Config": "trilith.config",
+        "LayerSpec": "trilith.models.pipeline_model",
+        "PipelineModel": "trilith.models.pipeline_model",
+        "TiedLayerSpec": "trilith.models.pipeline_model",
         "Trainer": "trilith.trainer",
-        "initialize": "trilith.zero.module",
+        "initialize": "trilith.pipeline_engine.engine",
         "load_config": "trilith.config",
     }
 )

@@ -12,8 +12,10 @@ import torch
 
 from trilith.config import Config
 from trilith.kernels.stream import fill_box
+from trilith.kernels.weight_queue import WeightQueue
 from trilith.models.base import LocalParameter, UnitDecl
 from trilith.models.stage import StageModel, build_stage
+from trilith.pipeline.action import Schedule
 from trilith.precision import PrecisionPolicy
 from trilith.rng import stream_key
 from trilith.topology import Topology
@@ -21,10 +23,16 @@ from trilith.zero.stage12 import ShardedModel
 
 
 def build_stages(
-    config: Config, stages: Sequence[Sequence[UnitDecl]], topology: Topology, policy: PrecisionPolicy
+    config: Config,
+    stages: Sequence[Sequence[UnitDecl]],
+    schedule: Schedule,
+    topology: Topology,
+    policy: PrecisionPolicy,
 ) -> dict[int, StageModel]:
-    """This rank's stages (index -> module), on the meta device; stage s lives on pipeline rank s mod pipeline degree."""
-    mine = range(topology.coordinate("pp"), len(stages), config.parallel.pipeline)
+    """This rank's stages (index -> module), on the meta device, placed as `schedule` has them.
+
+    Where the schedule splits backwards, each has a queue for its weight gradients.
+    """
     return {
         index: build_stage(
             config.model,
@@ -34,8 +42,9 @@ def build_stages(
             seed=config.training.seed,
             sequence_parallel=config.parallel.sequence_parallel,
             dtype=policy.param_dtype,
+            queue=WeightQueue() if schedule.splits_backward else None,
         )
-        for index in mine
+        for index in schedule.stages_of(topology.coordinate("pp"))
     }
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trilith.errors import ConfigError, TopologyError, TrilithError
+from trilith.errors import ConfigError, ScheduleError, TopologyError, TrilithError
 
 USER_ERROR = 2
 
@@ -56,13 +56,29 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     schedule = commands.add_parser("schedule", help="draw and price a pipeline schedule")
-    schedule.add_argument("--name", required=True, help="gpipe, 1f1b or interleaved_1f1b")
-    schedule.add_argument("--stages", type=int, required=True, help="pipeline ranks")
-    schedule.add_argument("--microbatches", type=int, required=True)
-    schedule.add_argument("--virtual", type=int, default=1, help="stages per rank (default 1)")
+    which = schedule.add_mutually_exclusive_group(required=True)
+    which.add_argument("--name", help="its name, as in pipeline.schedule (with --stages and --microbatches)")
+    which.add_argument("--file", type=Path, help="the text file that holds it, as in pipeline.schedule_file")
+    schedule.add_argument("--stages", type=int, help="pipeline ranks")
+    schedule.add_argument("--microbatches", type=int)
+    schedule.add_argument("--virtual", type=int, help="stages per rank (default: what the schedule asks for, or 1)")
+    schedule.add_argument(
+        "--costs",
+        default="1,1,1,0",
+        metavar="F,B,W,TRANSFER",
+        help="times of forward, input gradient, weight gradient of a stage, and of a message (default 1,1,1,0)",
+    )
     schedule.add_argument("--png", type=Path, help="write the timeline as a picture")
     schedule.add_argument("--json", action="store_true", help="print one JSON object")
     schedule.set_defaults(run=_schedule)
+
+    trace = commands.add_parser("trace", help="show the last step of a run, measured beside simulated")
+    trace.add_argument("path", type=Path, metavar="RUN", help="the run's directory, or the timeline.json in it")
+    trace.add_argument("--png", type=Path, metavar="FILE", help="write it as a picture")
+    trace.add_argument(
+        "--chrome", type=Path, metavar="FILE", help="write it as a trace for Perfetto or chrome://tracing"
+    )
+    trace.set_defaults(run=_trace)
 
     parity = commands.add_parser("parity", help="run two configs and name the first tensor that differs")
     parity.add_argument("a", type=Path, metavar="A.json")
@@ -142,9 +158,33 @@ def _check(args: argparse.Namespace) -> int:
 
 def _schedule(args: argparse.Namespace) -> int:
     from trilith.pipeline import timeline
+    from trilith.pipeline.schedule_file import read_schedule
 
-    shown = timeline.show(args.name, args.stages, args.virtual, args.microbatches, args.png)
+    sizes = {"--stages": args.stages, "--microbatches": args.microbatches}
+    if args.file is None:
+        missing = [option for option, value in sizes.items() if value is None]
+        if missing:
+            raise ScheduleError(f"schedule --name {args.name}: needs {' and '.join(missing)}")
+        schedule = timeline.named_schedule(args.name, args.stages, args.virtual, args.microbatches)
+    else:
+        given = [option for option, value in {**sizes, "--virtual": args.virtual}.items() if value is not None]
+        if given:
+            raise ScheduleError(f"schedule --file {args.file}: the file says {' and '.join(given)}. Leave it out")
+        schedule = read_schedule(args.file)
+    shown = timeline.show(schedule, timeline.parse_costs(args.costs), args.png)
     print(json.dumps(shown.summary, indent=1) if args.json else shown.text)
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from trilith.pipeline.trace_file import read_trace
+
+    trace = read_trace(args.path)
+    if args.png is not None:
+        trace.draw(args.png)
+    if args.chrome is not None:
+        args.chrome.write_text(json.dumps(trace.chrome()) + "\n", encoding="utf-8")
+    print(trace.text())
     return 0
 
 

@@ -6,31 +6,44 @@ No torch, no process group, no device: a plan for a thousand ranks takes as long
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from trilith.config import Config, Resolved, load_config, resolve
+from trilith.config.base import AUTO
+from trilith.config.layout_keys import FROM_FILE
 from trilith.data.batch import check_data, open_batches
-from trilith.errors import DataError, Violation
-from trilith.models.base import (
-    UnitDecl,
-    local_parameter,
-    num_parameters,
-    stage_parameters,
-    train_flops_per_token,
-)
+from trilith.errors import ConfigError, DataError, ScheduleError, Violation
+from trilith.models.activations import ActivationBytes, stage_activations
+from trilith.models.base import UnitDecl, num_parameters, stage_parameters, train_flops_per_token
 from trilith.models.families import declare, rules
 from trilith.pipeline.action import Schedule
-from trilith.pipeline.partition import partition, partition_problems
-from trilith.pipeline.passes import check, complete
+from trilith.pipeline.check import check
+from trilith.pipeline.memory import RankMemory, activation_setting, rank_memories
+from trilith.pipeline.partition import Cuts, partition, partition_problems
+from trilith.pipeline.passes import complete
+from trilith.pipeline.schedule_file import read_schedule
 from trilith.pipeline.schedules import make_schedule, schedule_problems
-from trilith.pipeline.simulate import Costs, Simulation, simulate
+from trilith.pipeline.search import (
+    LIMIT_KEY,
+    Measured,
+    PartitionMode,
+    Question,
+    Ranked,
+    Ranking,
+    by_flops,
+    candidates,
+    human_bytes,
+    search,
+)
+from trilith.pipeline.simulate import Simulation, simulate
 from trilith.topology import Degrees, PlannedGroup, group_plan
+from trilith.zero.partition import tied_flat_units
 
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2})
+FILE_KEY = "pipeline.schedule_file"
 GROUPS_SHOWN = 12
 
 
@@ -38,16 +51,19 @@ GROUPS_SHOWN = 12
 class Plan:
     """A run that can start: the resolved config and everything that follows from it. The same on every rank.
 
-    `cuts[s]` is stage s's range of `units`; stage s lies on pipeline rank s modulo the pipeline degree. `ties`: a tied
-    tensor lives on two pipeline ranks.
+    `cuts[s]` is stage s's range of `units`; `schedule`, complete and checked, says on which pipeline rank it lies. `ties`:
+    flat unit -> pipeline ranks that hold a copy of it, where these are several. `ranking`: the candidates, where schedule
+    or partition were to be found. `measured`: the costs that they were judged by; None: FLOPs, and a run measures first.
     """
 
     resolved: Resolved
     degrees: Degrees
     units: tuple[UnitDecl, ...]
-    cuts: tuple[tuple[int, int], ...]
+    cuts: Cuts
     schedule: Schedule
-    ties: bool
+    ties: Mapping[str, tuple[int, ...]]
+    ranking: Ranking | None = None
+    measured: Measured | None = None
 
     @property
     def config(self) -> Config:
@@ -65,6 +81,21 @@ class Plan:
         return self.degrees.world_size
 
     @property
+    def is_delayed(self) -> bool:
+        """Whether the schedule is asynchronous: updates use gradients of older weights."""
+        return self.schedule.update_every > 0
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether schedule or partition were chosen by FLOPs, and are to be chosen again by measured costs."""
+        return self.ranking is not None and self.measured is None
+
+    @cached_property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients are computed apart from input gradients."""
+        return self.schedule.splits_backward
+
+    @property
     def eval_microbatches(self) -> int:
         """Microbatches of one evaluation batch on one data rank."""
         config = self.config
@@ -72,11 +103,17 @@ class Plan:
 
     @cached_property
     def simulation(self) -> Simulation:
-        """The schedule with each stage's cost in forward FLOPs per token; backward costs twice a forward."""
-        forward = tuple(
-            max(sum(u.matmul_flops + 0.5 * u.attention_flops for u in self.units[lo:hi]), 1.0) for lo, hi in self.cuts
-        )
-        return simulate(self.schedule, Costs(forward, forward, forward))
+        """The schedule on paper, with measured costs or, without them, in FLOPs per token (see `search.by_flops`)."""
+        measured = self.measured or _flops(self.config, self.units)
+        costs = measured.costs(self.cuts)
+        some = max(costs.forward_s) * 1e-6  # a stage of an embedding alone has no FLOPs, but takes its turn
+        return simulate(self.schedule, replace(costs, forward_s=tuple(max(cost, some) for cost in costs.forward_s)))
+
+    @cached_property
+    def memory(self) -> tuple[RankMemory, ...]:
+        """What each pipeline rank needs, by prediction; activations are measured ones where there are any."""
+        kept = _activations(self.config, self.units, self.cuts, self.measured)
+        return rank_memories(self.config, self.units, self.schedule, self.cuts, kept)
 
     @cached_property
     def groups(self) -> tuple[PlannedGroup, ...]:
@@ -89,21 +126,40 @@ def plan(
     overrides: Sequence[str] = (),
     world_size: int | None = None,
     local_ranks: int | None = None,
+    measured: Measured | None = None,
 ) -> Plan:
     """Load, resolve and check a config against `world_size` ranks (None: the product of its degrees).
 
-    `local_ranks` of them share this machine (None: all), which `run.threads` goes by.
+    `local_ranks` of them share this machine (None: all), which `run.threads` goes by. `measured`: the costs of the model's
+    units, by which schedule and partition are chosen where they are "auto"; the config of the plan then names what was
+    chosen. Without them FLOPs must do, and the plan is provisional.
 
     Raises ConfigError with every violation of every room at once.
     """
     resolved = resolve(load_config(source, overrides), world_size, local_ranks=local_ranks, checks=(layout_problems,))
+    try:
+        found = _plan(resolved, measured)
+        _require_memory(found)
+    except ConfigError as error:
+        provenance = resolved.config.provenance
+        raise ConfigError(provenance.locate(error.violations), provenance.source) from None
+    return found
+
+
+def _plan(resolved: Resolved, measured: Measured | None) -> Plan:
     config = resolved.config
-    parallel, stages = config.parallel, config.parallel.pipeline * config.pipeline.virtual_stages
     units = declare(config.model)
-    cuts = partition(units, stages, config.pipeline.partition)
-    ties = config.model.tie_embeddings and parallel.pipeline > 1
-    schedule = complete(make_schedule(*_schedule_arguments(config)), ties=ties)
-    check(schedule)
+    ranking = None
+    if config.pipeline.schedule == AUTO or config.pipeline.partition == AUTO:
+        ranking = _search(config, units, measured)
+        cuts, schedule = ranking.best.cuts, ranking.best.schedule
+        resolved = _noted(resolved, ranking) if measured is None else _decided(resolved, ranking.best)
+    else:
+        schedule = _named_schedule(config)
+        cuts = partition(units, schedule.num_stages, config.pipeline.partition)
+    tied_stages = _tied_stages(units, cuts)
+    schedule = _completed(replace(schedule, ties=tuple(tied_stages.values())), config)
+    parallel = config.parallel
     degrees = Degrees(
         pipeline=parallel.pipeline,
         replicate=parallel.replicate,
@@ -111,18 +167,175 @@ def plan(
         context=parallel.context,
         tensor=parallel.tensor,
     )
-    return Plan(resolved, degrees, units, cuts, schedule, ties)
+    return Plan(resolved, degrees, units, cuts, schedule, _tied_ranks(tied_stages, schedule), ranking, measured)
 
 
 def layout_problems(config: Config) -> list[Violation]:
     """Every rule of models, schedules, stages and data that a resolved config breaks."""
-    stages = config.parallel.pipeline * config.pipeline.virtual_stages
-    return [
-        *rules(config),
-        *schedule_problems(*_schedule_arguments(config)),
-        *partition_problems(config.model.num_layers, stages, config.pipeline.partition),
-        *_data_problems(config),
-    ]
+    pipeline, num_stages = config.pipeline, None
+    found = rules(config)
+    if pipeline.schedule == FROM_FILE:
+        found += _file_problems(config)
+    elif pipeline.schedule != AUTO:
+        microbatches, ranks = config.gradient_accumulation_steps, config.parallel.pipeline
+        found += schedule_problems(pipeline.schedule, ranks, pipeline.virtual_stages, microbatches)
+        num_stages = ranks * pipeline.virtual_stages
+    if num_stages is not None:
+        found += partition_problems(config.model.num_layers, num_stages, pipeline.partition)
+    return [*found, *_data_problems(config)]
+
+
+# ---- schedule and stages ------------------------------------------------------------------------------------------
+
+
+def _file_problems(config: Config) -> list[Violation]:
+    """What is wrong with a schedule's file, and where it does not fit the rest of the config."""
+    pipeline, path = config.pipeline, config.pipeline.schedule_file
+    if path is None:
+        return []  # a rule of the config's own
+    try:
+        schedule = read_schedule(path)
+    except ScheduleError as error:
+        return [Violation(FILE_KEY, path, str(error))]
+    found = []
+    per_rank = schedule.num_stages / schedule.num_ranks
+    for key, value, in_file, what in (
+        ("parallel.pipeline", config.parallel.pipeline, schedule.num_ranks, "pipeline ranks"),
+        ("gradient_accumulation_steps", config.gradient_accumulation_steps, schedule.num_microbatches, "microbatches"),
+        ("pipeline.virtual_stages", pipeline.virtual_stages, per_rank, "stages per rank"),
+    ):
+        if value not in (in_file, AUTO):
+            rule = f"must be as in {FILE_KEY} {path}, which has {in_file:g} {what}"
+            found.append(Violation(key, value, rule, "Change one of the two."))
+    return [*found, *partition_problems(config.model.num_layers, schedule.num_stages, pipeline.partition)]
+
+
+def _named_schedule(config: Config) -> Schedule:
+    """The computations of the schedule that the config names."""
+    pipeline = config.pipeline
+    if pipeline.schedule == FROM_FILE:
+        assert pipeline.schedule_file is not None
+        return read_schedule(pipeline.schedule_file)
+    microbatches = config.gradient_accumulation_steps
+    return make_schedule(pipeline.schedule, config.parallel.pipeline, pipeline.virtual_stages, microbatches)
+
+
+def _completed(schedule: Schedule, config: Config) -> Schedule:
+    """The schedule with its communication, reductions and validations, proven.
+
+    Raises ConfigError where a file's cannot run: those that we make can.
+    """
+    try:
+        schedule = complete(schedule, validate=config.pipeline.optimizer_sync == "postvalidate")
+        check(schedule)
+    except ScheduleError as error:
+        if config.pipeline.schedule != FROM_FILE:
+            raise
+        raise ConfigError([Violation(FILE_KEY, config.pipeline.schedule_file, str(error))]) from None
+    return schedule
+
+
+def _search(config: Config, units: tuple[UnitDecl, ...], measured: Measured | None) -> Ranking:
+    """Judge every schedule and partition that the config leaves open."""
+    pipeline = config.pipeline
+    partitions: tuple[PartitionMode, ...] = (pipeline.partition,)
+    if pipeline.schedule != AUTO:
+        schedules: tuple[Schedule, ...] = (_named_schedule(config),)
+    else:
+        virtual_stages = None if pipeline.virtual_stages == AUTO else pipeline.virtual_stages
+        num_ranks, microbatches = config.parallel.pipeline, config.gradient_accumulation_steps
+        schedules = candidates(num_ranks, microbatches, config.model.num_layers, virtual_stages)
+        if pipeline.partition == AUTO:
+            partitions = ("auto", "uniform")
+
+    def memory(schedule: Schedule, cuts: Cuts) -> tuple[RankMemory, ...]:
+        return rank_memories(config, units, schedule, cuts, _activations(config, units, cuts, measured))
+
+    question = Question(
+        units=units,
+        measured=measured or _flops(config, units),
+        schedules=schedules,
+        partitions=partitions,
+        memory=memory,
+        memory_limit_bytes=pipeline.memory_limit_bytes,
+        overlaps_steps=pipeline.optimizer_sync == "postvalidate",
+    )
+    return search(question, is_measured=measured is not None)
+
+
+def _tied_stages(units: Sequence[UnitDecl], cuts: Cuts) -> dict[str, tuple[int, ...]]:
+    """Flat unit -> the stages that hold a copy of it, for those that several do."""
+    found = {}
+    for name in sorted(tied_flat_units(units)):
+        stages = [
+            stage
+            for stage, (lo, hi) in enumerate(cuts)
+            if any(parameter.flat_unit == name for parameter in stage_parameters(units[lo:hi]))
+        ]
+        if len(stages) > 1:
+            found[name] = tuple(stages)
+    return found
+
+
+def _tied_ranks(tied_stages: Mapping[str, tuple[int, ...]], schedule: Schedule) -> Mapping[str, tuple[int, ...]]:
+    """Flat unit -> the pipeline ranks that hold a copy of it, for those that several do."""
+    ranks = {name: {schedule.placement[stage] for stage in stages} for name, stages in tied_stages.items()}
+    return MappingProxyType({name: tuple(sorted(held)) for name, held in ranks.items() if len(held) > 1})
+
+
+def _noted(resolved: Resolved, ranking: Ranking) -> Resolved:
+    """Say that what was chosen may change."""
+    best = ranking.best
+    note = (
+        f"pipeline: {best.schedule.name} with {list(best.num_layers)} layers in its stages is provisional, by FLOPs: a run "
+        "measures the model's units and chooses again"
+    )
+    return replace(resolved, notes=(*resolved.notes, note))
+
+
+def _decided(resolved: Resolved, best: Ranked) -> Resolved:
+    """The config with what was chosen by measured costs in the place of "auto"."""
+    pipeline = resolved.config.pipeline
+    chosen: dict[str, Any] = {"partition": best.num_layers} if pipeline.partition == AUTO else {}
+    if pipeline.schedule == AUTO:
+        chosen |= {"schedule": best.schedule.name, "virtual_stages": int(best.virtual_stages)}
+    origins = {f"pipeline.{key}": "derived: by simulation with measured costs" for key in chosen}
+    config = resolved.config.model_copy(update={"pipeline": pipeline.model_copy(update=chosen)})
+    return replace(resolved, config=config, origins=MappingProxyType({**resolved.origins, **origins}))
+
+
+# ---- costs --------------------------------------------------------------------------------------------------------
+
+
+def _activations(
+    config: Config, units: Sequence[UnitDecl], cuts: Cuts, measured: Measured | None
+) -> tuple[ActivationBytes, ...]:
+    """What each stage keeps of a microbatch."""
+    if measured is not None:
+        return measured.activations(cuts)
+    setting = activation_setting(config)
+    return tuple(stage_activations(config.model, [unit.name for unit in units[lo:hi]], setting) for lo, hi in cuts)
+
+
+def _flops(config: Config, units: Sequence[UnitDecl]) -> Measured:
+    """The costs of units where nothing was measured."""
+    setting = activation_setting(config)
+    kept = [stage_activations(config.model, [unit.name], setting) for unit in units]
+    return by_flops(units, kept, config.activation_checkpointing.recompute)
+
+
+def _require_memory(plan: Plan) -> None:
+    """Refuse a plan that is predicted to need more than the config allows."""
+    limit = plan.config.pipeline.memory_limit_bytes
+    rank, most = max(enumerate(plan.memory), key=lambda item: item[1].total_bytes)
+    if limit is None or most.total_bytes <= limit:
+        return
+    rule = (
+        f"pipeline rank {rank} is predicted to need {most.total_bytes} bytes: {most.state_bytes} of state and "
+        f"{most.activation_bytes} of activations"
+    )
+    fix = 'Raise it, set pipeline.schedule to "auto", or use more ranks, smaller microbatches or recompute.'
+    raise ConfigError([Violation(LIMIT_KEY, limit, rule, fix)])
 
 
 def _data_problems(config: Config) -> list[Violation]:
@@ -139,42 +352,7 @@ def _data_problems(config: Config) -> list[Violation]:
     return found
 
 
-def _schedule_arguments(config: Config) -> tuple[str, int, int, int]:
-    microbatches = config.gradient_accumulation_steps
-    return config.pipeline.schedule, config.parallel.pipeline, config.pipeline.virtual_stages, microbatches
-
-
-@dataclass(frozen=True)
-class RankMemory:
-    """State bytes of one rank of a pipeline rank's tensor and data group (the largest of its tensor ranks)."""
-
-    parameters: int
-    parameter_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Parameters, gradients and optimizer states; no activations."""
-        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
-
-
-def rank_memory(plan: Plan, pipeline_rank: int) -> RankMemory:
-    """What each rank of `pipeline_rank` keeps all the time, from the declarations; padding of flat buffers left out."""
-    config, tensor = plan.config, plan.config.parallel.tensor
-    numel = 0
-    for stage in plan.schedule.stages_of(pipeline_rank):
-        lo, hi = plan.cuts[stage]
-        for declared in stage_parameters(plan.units[lo:hi]):
-            numel += max(local_parameter(declared, rank, tensor).numel for rank in range(tensor))
-    param, accum = config.data_types.param_dtype, config.data_types.grad_accum_dtype
-    master = 8 if param == "fp64" else 4
-    states = {"SGD": int(getattr(config.optimizer.params, "momentum", 0.0) > 0)}.get(config.optimizer.type, 2)
-    copies = states + (DTYPE_BYTES[param] != master)
-    share = plan.config.parallel.data * plan.config.parallel.context if config.zero_optimization.stage else 1
-    return RankMemory(
-        numel, numel * DTYPE_BYTES[param], numel * DTYPE_BYTES[accum], -(-numel // share) * copies * master
-    )
+# ---- what a reader sees -------------------------------------------------------------------------------------------
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -196,9 +374,23 @@ def to_json(plan: Plan) -> dict[str, Any]:
             for index, (lo, hi) in enumerate(plan.cuts)
         ],
         "ranks": [
-            {"pipeline_rank": rank, **vars(memory), "total_bytes": memory.total_bytes}
-            for rank, memory in enumerate(rank_memory(plan, r) for r in range(plan.config.parallel.pipeline))
+            {
+                "pipeline_rank": rank,
+                **vars(memory),
+                "state_bytes": memory.state_bytes,
+                "total_bytes": memory.total_bytes,
+            }
+            for rank, memory in enumerate(plan.memory)
         ],
+        "schedule": {
+            "name": plan.schedule.name,
+            "num_stages": plan.schedule.num_stages,
+            "num_microbatches": plan.schedule.num_microbatches,
+            "splits_backward": plan.splits_backward,
+            "asynchronous": plan.is_delayed,
+            "provisional": plan.is_provisional,
+        },
+        "ranking": [_ranked_json(row) for row in plan.ranking.rows] if plan.ranking else [],
         "groups": [{"name": group.name, "ranks": list(group.ranks)} for group in plan.groups],
         "bubble": simulation.bubble,
         "bubble_makespan": simulation.bubble_makespan,
@@ -206,11 +398,15 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _ranked_json(row: Ranked) -> dict[str, Any]:
+    found = {key: value for key, value in vars(row).items() if key not in ("schedule", "cuts")}
+    return {"schedule": row.schedule.name, "virtual_stages": row.virtual_stages, **found}
+
+
 def describe(plan: Plan) -> str:
     """The plan as text (`trilith check`)."""
     config, parallel = plan.config, plan.config.parallel
     origins = plan.resolved.origins
-    simulation = plan.simulation
     lines = [
         f"world        {plan.world_size} ranks = data {parallel.data} x pipeline {parallel.pipeline} x "
         f"tensor {parallel.tensor}" + (", sequence parallel" if parallel.sequence_parallel else ""),
@@ -219,21 +415,15 @@ def describe(plan: Plan) -> str:
         f"model        {config.model.family}, {num_parameters(plan.units):,} parameters, "
         f"{train_flops_per_token(plan.units, True):.4g} FLOP per token (causal; "
         f"{train_flops_per_token(plan.units, False):.4g} non-causal)",
-        f"schedule     {config.pipeline.schedule}, {len(plan.cuts)} stages, ZeRO-{config.zero_optimization.stage}; "
-        f"predicted bubble {simulation.bubble:.1%} of the span, {simulation.bubble_makespan:.1%} of the makespan",
+        *_schedule_lines(plan),
         "stages",
     ]
     for index, (lo, hi) in enumerate(plan.cuts):
         names = f"{plan.units[lo].name} .. {plan.units[hi - 1].name}" if hi - lo > 1 else plan.units[lo].name
         lines.append(f"  stage {index} on pipeline rank {plan.schedule.placement[index]}: {names}")
-    lines.append("state bytes per rank (no activations)")
-    for rank in range(parallel.pipeline):
-        memory = rank_memory(plan, rank)
-        lines.append(
-            f"  pipeline rank {rank}: {memory.parameters:,} parameters {_mib(memory.parameter_bytes)}, "
-            f"gradients {_mib(memory.gradient_bytes)}, optimizer {_mib(memory.optimizer_bytes)}, "
-            f"total {_mib(memory.total_bytes)}; peak {simulation.peak_microbatches[rank]:g} microbatches"
-        )
+    lines += _memory_lines(plan)
+    if plan.ranking is not None:
+        lines.append(plan.ranking.table())
     lines.append(f"process groups ({len(plan.groups)} beside the control group)")
     lines += [f"  {group.name} {list(group.ranks)}" for group in plan.groups[:GROUPS_SHOWN]]
     if len(plan.groups) > GROUPS_SHOWN:
@@ -246,8 +436,34 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def _schedule_lines(plan: Plan) -> list[str]:
+    """Which schedule, its bubbles, and the stages on their ranks."""
+    config, simulation, schedule = plan.config, plan.simulation, plan.schedule
+    kinds = [
+        f"{schedule.num_stages} stages",
+        f"ZeRO-{config.zero_optimization.stage}",
+        *(["split backward"] if plan.splits_backward else []),
+        *(["asynchronous"] if plan.is_delayed else []),
+        *(["post-validated optimizer step"] if config.pipeline.optimizer_sync == "postvalidate" else []),
+    ]
+    return [
+        f"schedule     {schedule.name}, {', '.join(kinds)}; "
+        f"predicted bubble {simulation.bubble:.1%} of the span, {simulation.bubble_makespan:.1%} of the makespan",
+    ]
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    lines = ["predicted bytes per rank"]
+    for rank, (memory, live) in enumerate(zip(plan.memory, plan.simulation.peak_microbatches, strict=True)):
+        versions = f" in {memory.versions} versions" if memory.versions > 1 else ""
+        rollback = f", rollback copy {human_bytes(memory.rollback_bytes)}" if memory.rollback_bytes else ""
+        lines.append(
+            f"  pipeline rank {rank}: {memory.parameters:,} parameters{versions} {human_bytes(memory.parameter_bytes)}, "
+            f"gradients {human_bytes(memory.gradient_bytes)}, optimizer {human_bytes(memory.optimizer_bytes)}{rollback}, "
+            f"activations {human_bytes(memory.activation_bytes)} of {live:g} microbatches, "
+            f"total {human_bytes(memory.total_bytes)}"
+        )
+    return lines
 
 
 def _value(config: Config, path: str) -> Any:

@@ -21,7 +21,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from trilith.errors import TopologyError
-from trilith.topology import Degrees, Group, PlannedGroup, Topology, channel_name, check_channels, steps_of
+from trilith.topology import (
+    NO_TIES,
+    Degrees,
+    Group,
+    PlannedGroup,
+    Ties,
+    Topology,
+    channel_name,
+    check_channels,
+    check_ties,
+    steps_of,
+)
 
 
 def join_world(
@@ -72,7 +83,7 @@ def build_topology(
     degrees: Degrees,
     device: torch.device,
     timeout_s: float,
-    ties: bool = False,
+    ties: Ties = NO_TIES,
     channels: Iterable[tuple[int, int]] = (),
 ) -> Topology:
     """Make this rank's groups. All ranks must call it with the same arguments (`device` aside), in the same order.
@@ -84,6 +95,7 @@ def build_topology(
     """
     channels = tuple(sorted(set(channels)))
     check_channels(degrees, channels)
+    check_ties(degrees, ties)
     if degrees.world_size > 1 and not dist.is_initialized():
         raise TopologyError(
             f"world size {degrees.world_size}: no process group exists. Start the ranks with `trilith train` or "
@@ -108,7 +120,7 @@ def build_topology(
         _connect(groups.values(), device)
     found = {pair: groups.pop(channel_name(*pair), None) for pair in channels}
     mine = {pair: group for pair, group in found.items() if group is not None}
-    return Topology(degrees, rank, device, control, MappingProxyType(groups), MappingProxyType(mine))
+    return Topology(degrees, rank, device, control, MappingProxyType(groups), MappingProxyType(mine), ties)
 
 
 def _control(rank: int, world_size: int, timeout: timedelta) -> Group:

@@ -6,7 +6,8 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import filelock
 import torch
 
-from trilith import checkpoint, comm, preflight
+from trilith import checkpoint, comm, measure, preflight
 from trilith.data.batch import open_tokenizer, prepare_data
 from trilith.errors import CheckpointError, TrilithError
 from trilith.failpoints import Failpoints
@@ -26,14 +27,17 @@ from trilith.monitor.metrics import EvalRecord, StepRecord
 from trilith.monitor.progress import Progress, human_bytes, human_count, human_time
 from trilith.monitor.sinks import CsvFile, JsonLines, Sinks, TensorBoard
 from trilith.pipeline import timeline
-from trilith.pipeline.simulate import simulate
+from trilith.pipeline.action import Kind
 from trilith.pipeline.timeline import Record
+from trilith.pipeline.trace_file import Trace
 from trilith.preflight import Plan
 from trilith.process_groups import join_world, leave_world
 from trilith.trainer import Place, Trainer
 from trilith_launcher import JoinedRank, run_joined
 
 TEMPERATURE = 0.8
+# A step's record may come two steps after its actions ran: so many of the last ones are watched for their activations.
+WATCHED_STEPS = 3
 
 
 class Context(Protocol):
@@ -41,6 +45,9 @@ class Context(Protocol):
 
     def position(self, step: int | None = None, stage: int | None = None, phase: str | None = None) -> None:
         """Note step, stage and phase."""
+
+    def wait(self, text: str) -> None:
+        """Note in which action this rank begins to wait for another one, and for what."""
 
 
 def run_rank(
@@ -63,14 +70,27 @@ def run_rank(
     device = plan.config.run.device
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     here = join_world(rank, world_size, store_path, plan.config.parallel.timeout_s, device)
-    trainer = Trainer(plan, Place(rank, world_size, here), Failpoints.from_environment(rank))
+    place = Place(rank, world_size, here)
+    context.position(phase="measure")
+    plan = measure.decide(plan, place, partial(print, flush=True))
+    trainer = Trainer(plan, place, Failpoints.from_environment(rank))
     context.position(stage=trainer.topology.coordinate("pp"))
-    Run(trainer, context, resolved).run()
+    trainer.on_wait = context.wait
+    Run(trainer, context, _with_choice(resolved, plan)).run()
     trainer.close()
     leave_world()
     # A gloo group that is still referenced when Python shuts down aborts the process: let go of them here.
     del trainer
     gc.collect()
+
+
+def _with_choice(resolved: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The resolved config with what the run chose itself in the place of "auto"."""
+    decided = plan.resolved.to_json()
+    before, after = resolved["config"]["pipeline"], decided["config"]["pipeline"]
+    chosen = [f"pipeline.{key}" for key, value in after.items() if value != before[key]]
+    origins = {**resolved["origins"], **{path: decided["origins"][path] for path in chosen}}
+    return {**resolved, "config": decided["config"], "origins": origins}
 
 
 class Run:
@@ -85,7 +105,7 @@ class Run:
         self.is_writer = trainer.topology.rank == 0
         self.last_evaluation: EvalRecord | None = None
         self.last_step: StepRecord | None = None
-        self.timeline: dict[int, list[Record]] = {}
+        self.trace: Trace | None = None
         self.activation_bytes = 0
 
     def run(self) -> None:
@@ -96,9 +116,11 @@ class Run:
         self.progress = Progress(steps, first, self.config.training.log_interval) if self.is_writer else None
         self.sinks = self._open_sinks(first)
         self.say(f"{num_parameters(self.trainer.plan.units):,} parameters on {self.control.size} ranks")
+        for note in self.resolved["notes"]:
+            self.say(f"note: {note}")
         try:
             while self.trainer.state.step < steps:
-                self._step(is_last=self.trainer.state.step == steps - 1)
+                self._span(self._next_stop())
             interval = self.config.training.eval_interval
             if self.last_step is not None and interval and steps % interval:
                 self._evaluate()
@@ -199,36 +221,72 @@ class Run:
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
-    def _step(self, is_last: bool) -> None:
-        self.context.position(step=self.trainer.state.step, phase="train")
-        if is_last:
-            record = self._observed_step()
-        else:
-            record = self.trainer.train_step()
+    def _next_stop(self) -> int:
+        """The next step after which the pipeline must be empty: an evaluation, a save, or the end."""
+        step, steps = self.trainer.state.step, self.config.training.steps
+        intervals = filter(None, (self.config.training.eval_interval, self.config.checkpoint.save_interval))
+        return min([steps, *(step - step % interval + interval for interval in intervals)])
+
+    def _span(self, stop: int) -> None:
+        """Train up to step `stop`, then evaluate and save where it is due."""
+        first, steps = self.trainer.state.step, self.config.training.steps
+        records = self.trainer.train(stop - first)
+        for step in range(first, stop):
+            self.context.position(step=step, phase="train")
+            if step >= steps - WATCHED_STEPS:
+                with self._watched_activations():
+                    for record in records:
+                        self._note(record)
+                break
+            self._note(next(records))
+        if stop == steps:
+            self._gather_timeline()
+        interval, save = self.config.training.eval_interval, self.config.checkpoint.save_interval
+        if interval and stop % interval == 0:
+            self._evaluate()
+        if save is not None and (stop == steps or (save and stop % save == 0)):
+            self._save()
+
+    def _note(self, record: StepRecord) -> None:
+        """Log and show a finished step."""
+        self.context.position(step=record.step, phase="train")
         self.last_step = record
         self.sinks.write(record)
         if self.progress is not None:
             self.progress.step(record)
-        interval, save = self.config.training.eval_interval, self.config.checkpoint.save_interval
-        if interval and record.step % interval == 0:
-            self._evaluate()
-        if save is not None and (is_last or (save and record.step % save == 0)):
-            self._save()
 
-    def _observed_step(self) -> StepRecord:
-        """A step with its actions and saved activations recorded."""
-        records: list[Record] = []
+    @contextmanager
+    def _watched_activations(self) -> Iterator[None]:
+        """Within it, what autograd and the queues of weight gradients keep is counted."""
         parameters = [p for stage in self.trainer.stages.values() for p in stage.parameters()]
+        queues = [stage.queue for stage in self.trainer.pipeline.values() if stage.queue is not None]
         with ActivationMeter(parameters) as meter:
-            record = self.trainer.train_step(records)
-        self.activation_bytes = meter.peak_bytes
-        topology = self.trainer.topology
+            for queue in queues:
+                queue.tracker = meter.track
+            try:
+                yield
+            finally:
+                for queue in queues:
+                    queue.tracker = None
+        self.activation_bytes = max(self.activation_bytes, meter.peak_bytes)
+
+    def _gather_timeline(self) -> None:
+        """The newest step's actions of one rank a pipeline rank, on rank 0's clock."""
+        topology, plan = self.trainer.topology, self.trainer.plan
         shown = topology.dp.index == 0 and topology.tp.index == 0
-        mine = [[str(r.kind), *r[1:]] for r in records] if shown else []
-        for rank, rows in enumerate(comm.gather_objects(mine, self.control)):
-            if rows:
-                self.timeline[topology.degrees.dense.coordinate(rank, "pp")] = [Record(*row) for row in rows]
-        return record
+        offset_s = comm.clock_offset_s(self.control)
+        mine = [
+            [r.kind.value, r.stage, r.microbatch, r.start_s + offset_s, r.end_s + offset_s]
+            for r in (self.trainer.records if shown else [])
+        ]
+        rows = {
+            topology.degrees.dense.coordinate(rank, "pp"): [Record(Kind(kind), *rest) for kind, *rest in row]
+            for rank, row in enumerate(comm.gather_objects(mine, self.control))
+            if row
+        }
+        predicted = plan.simulation
+        trace = Trace(self.trainer.state.step, plan.schedule, rows, predicted.bubble, predicted.bubble_makespan)
+        self.trace = trace if rows else None
 
     def _evaluate(self) -> None:
         self.context.position(phase="evaluate")
@@ -263,32 +321,22 @@ class Run:
             (self.directory / "sample.txt").write_text(text + "\n", encoding="utf-8")
 
     def _report(self) -> None:
-        """Gather memory by category from every rank; rank 0 writes report.html and report.png."""
+        """Gather memory by category from every rank; rank 0 writes timeline.json, report.html and report.png."""
         mine = {**self.trainer.model.memory_bytes(), "activations": self.activation_bytes}
         everyone = comm.gather_objects(mine, self.control)
-        if not self.is_writer or not self.timeline:
+        if not self.is_writer or self.trace is None:
             return
+        self.trace.write(self.directory)
         categories = {name: [rank[name] for rank in everyone] for name in mine}
         try:
             steps, evaluations = report.read_metrics(self.directory / "metrics.jsonl")
         except (OSError, ValueError) as error:
             print(f"warning: no report: metrics.jsonl cannot be read: {error}", file=sys.stderr)
             return
-        panels = [report.loss_panel(steps, evaluations), *self._timeline_panels(), report.memory_panel(categories)]
-        tables = {"Memory per rank by category": report.memory_rows(categories)}
+        panels = [report.loss_panel(steps, evaluations), *_timeline_panels(self.trace), report.memory_panel(categories)]
+        tables = {**_timeline_tables(self.trace), "Memory per rank by category": report.memory_rows(categories)}
         report.write(self.directory, report.Report(str(self.directory), self._figures(steps), panels, tables))
         print(f"report {self.directory / 'report.html'}", flush=True)
-
-    def _timeline_panels(self) -> list[report.Panel]:
-        plan = self.trainer.plan
-        measured = timeline.measured_bars(self.timeline)
-        simulated = simulate(plan.schedule, timeline.measured_costs(self.timeline, plan.schedule.num_stages))
-        height = 0.6 + 0.45 * plan.config.parallel.pipeline
-        titles = ("Pipeline of the last step, measured (s)", "the same, simulated from the measured action times (s)")
-        return [
-            report.Panel(title, partial(timeline.draw, bars=bars, title=title), height)
-            for title, bars in zip(titles, (measured, simulated.bars), strict=True)
-        ]
 
     def _figures(self, steps: Sequence[dict[str, Any]]) -> dict[str, str]:
         """The headline figures of the report."""
@@ -306,6 +354,26 @@ class Run:
         figures["training time"] = human_time(sum(record["step_time_s"] for record in steps))
         figures["peak memory of a rank"] = human_bytes(self.last_step.memory_peak_bytes)
         return figures
+
+
+def _timeline_panels(trace: Trace) -> list[report.Panel]:
+    """One step's pipeline, measured and simulated, on one time axis."""
+    height = 0.6 + 0.45 * trace.schedule.num_ranks
+    titles = ("Pipeline of the last step, measured (s)", "the same, simulated from the measured action times (s)")
+    end_s = max(bar.end_s for bar in (*trace.bars, *trace.simulation.bars))
+    return [
+        report.Panel(title, partial(timeline.draw, bars=bars, title=title, end_s=end_s), height)
+        for title, bars in zip(titles, (trace.bars, trace.simulation.bars), strict=True)
+    ]
+
+
+def _timeline_tables(trace: Trace) -> dict[str, list[list[str]]]:
+    """Its bubbles, measured beside predicted, and what the difference is made of."""
+    tables = {"Pipeline of the last step": trace.rows()}
+    if trace.delays:
+        beyond_s = trace.measured.makespan_s - trace.simulation.makespan_s
+        tables[f"Measured - simulated makespan {beyond_s * 1e6:+,.0f} µs, of which"] = trace.delay_rows()
+    return tables
 
 
 def generate(trainer: Trainer, prompt: Sequence[int], count: int) -> list[int]:

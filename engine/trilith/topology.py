@@ -9,15 +9,19 @@ Gradients reduce, and ZeRO partitions, over `dp` = shard x cp. `process_groups.p
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trilith.errors import TopologyError
 
 if TYPE_CHECKING:
     import torch
+
+Ties = Mapping[str, tuple[int, ...]]  # name of a shared flat unit -> the pipeline ranks that hold it, ascending
+NO_TIES: Ties = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,12 @@ def channel_name(source: int, target: int) -> str:
     return f"channel {source}->{target}"
 
 
-def _axis_groups(degrees: Degrees, ties: bool) -> Iterator[tuple[str, View, tuple[str, ...]]]:
+def tie_name(pipeline_ranks: Sequence[int]) -> str:
+    """The name of the group over the pipeline ranks that share a tied unit."""
+    return f"tie {','.join(map(str, pipeline_ranks))}"
+
+
+def _axis_groups(degrees: Degrees) -> Iterator[tuple[str, View, tuple[str, ...]]]:
     """(name, view, axes) of the groups over whole axes that a run uses: every rank is in one of each name."""
     dense, experts = degrees.dense, degrees.folded
     yield "tp", dense, ("tp",)
@@ -176,56 +185,60 @@ def _axis_groups(degrees: Degrees, ties: bool) -> Iterator[tuple[str, View, tupl
         yield "shard", dense, ("shard",)  # otherwise it is dp
     yield "replicate", dense, ("replicate",)
     yield "pp", dense, ("pp",)
-    if ties and degrees.pipeline == 2:
-        yield "embedding_tie", dense, ("pp",)
     if degrees.expert > 1:
         yield "etp", experts, ("etp",)
         yield "ep", experts, ("ep",)
         yield "edp", experts, ("edp",)
 
 
-def _rounds(pairs: Iterable[tuple[str, tuple[int, int]]]) -> list[list[tuple[str, tuple[int, int]]]]:
-    """Deal named pairs of pipeline ranks out to rounds in which no rank comes twice: each to the first that is free."""
-    rounds: list[list[tuple[str, tuple[int, int]]]] = []
-    for name, pair in pairs:
-        for members in rounds:
-            if not any(set(pair) & set(other) for _, other in members):
-                members.append((name, pair))
+def _rounds(members: Iterable[PlannedGroup]) -> list[list[PlannedGroup]]:
+    """Deal groups of pipeline ranks out to rounds in which no rank comes twice: each to the first that is free."""
+    rounds: list[list[PlannedGroup]] = []
+    for group in members:
+        for dealt in rounds:
+            if not any(set(group.ranks) & set(other.ranks) for other in dealt):
+                dealt.append(group)
                 break
         else:
-            rounds.append([(name, pair)])
+            rounds.append([group])
     return rounds
 
 
+def _pipeline_groups(degrees: Degrees, ties: Ties, channels: Iterable[tuple[int, int]]) -> Iterator[PlannedGroup]:
+    """The groups over some ranks of a pipeline, in pipeline ranks: channels, then one for each set of tied ranks."""
+    for pair in sorted(set(channels)):
+        yield PlannedGroup(channel_name(*pair), pair)
+    for ranks in sorted(set(ties.values())):
+        if len(ranks) < degrees.pipeline:  # otherwise it is pp
+            yield PlannedGroup(tie_name(ranks), ranks)
+
+
 def steps_of(
-    degrees: Degrees, rank: int, *, ties: bool, channels: Iterable[tuple[int, int]]
+    degrees: Degrees, rank: int, *, ties: Ties = NO_TIES, channels: Iterable[tuple[int, int]] = ()
 ) -> tuple[PlannedGroup | None, ...]:
     """What one rank makes, step by step: a group, or nothing (None) where only others make one.
 
-    Work does not grow with the world. `ties`: the first and the last pipeline rank share a tensor. `channels`: (source,
-    target) pipeline ranks that send activations or gradients; each is a group of its own, so it waits for no other.
-    All ranks have the same number of steps, and in a step the groups are disjoint: ranks that make their groups one by
-    one, each waiting for all members of the next, always come to an end.
+    Work does not grow with the world. `ties`: the pipeline ranks, two or more, that share each tied unit. `channels`:
+    (source, target) pipeline ranks that send activations or gradients; each is a group of its own, so it waits for no
+    other. All ranks have the same number of steps, and in a step the groups are disjoint: ranks that make their groups
+    one by one, each waiting for all members of the next, always come to an end.
     """
     steps: list[PlannedGroup | None] = []
     first: dict[tuple[int, ...], str] = {}
-    for name, view, axes in _axis_groups(degrees, ties):
+    for name, view, axes in _axis_groups(degrees):
         ranks = view.ranks_along(rank, axes)
         if len(ranks) > 1:
             steps.append(PlannedGroup(name, ranks, first.get(ranks, "")))
             first.setdefault(ranks, name)
-    pairs = [(channel_name(*pair), pair) for pair in sorted(set(channels))]
-    if ties and degrees.pipeline > 2:
-        pairs.append(("embedding_tie", (0, degrees.pipeline - 1)))
     here, column = degrees.dense.coordinate(rank, "pp"), degrees.dense.ranks_along(rank, ("pp",))
-    for members in _rounds(pairs):
-        mine = [(name, pair) for name, pair in members if here in pair]
-        steps.append(PlannedGroup(mine[0][0], tuple(column[p] for p in mine[0][1])) if mine else None)
+    for members in _rounds(_pipeline_groups(degrees, ties, channels)):
+        mine = [group for group in members if here in group.ranks]
+        steps.append(PlannedGroup(mine[0].name, tuple(column[p] for p in mine[0].ranks)) if mine else None)
     return tuple(steps)
 
 
 def groups_of(
-    degrees: Degrees, rank: int, *, ties: bool, channels: Iterable[tuple[int, int]]
+    degrees: Degrees, rank: int, *, ties: Ties = NO_TIES, channels: Iterable[tuple[int, int]] = ()
 ) -> tuple[PlannedGroup, ...]:
     """The groups of one rank, in the order in which it makes them."""
     steps = steps_of(degrees, rank, ties=ties, channels=channels)
@@ -233,10 +246,11 @@ def groups_of(
 
 
 def group_plan(
-    degrees: Degrees, *, ties: bool = False, channels: Iterable[tuple[int, int]] = ()
+    degrees: Degrees, *, ties: Ties = NO_TIES, channels: Iterable[tuple[int, int]] = ()
 ) -> tuple[PlannedGroup, ...]:
     """Every group of the run beside the control group, in the order of making. For `check`; no rank needs the whole."""
     check_channels(degrees, channels := tuple(channels))
+    check_ties(degrees, ties)
     step_of: dict[PlannedGroup, int] = {}
     for rank in range(degrees.world_size):
         for step, group in enumerate(steps_of(degrees, rank, ties=ties, channels=channels)):
@@ -252,6 +266,16 @@ def check_channels(degrees: Degrees, channels: Iterable[tuple[int, int]]) -> Non
             raise TopologyError(
                 f"channel ({source}, {target}): must join two different pipeline ranks of 0..{degrees.pipeline - 1}. "
                 f"Raise the pipeline degree or choose a schedule for {degrees.pipeline} pipeline ranks"
+            )
+
+
+def check_ties(degrees: Degrees, ties: Ties) -> None:
+    """Raise TopologyError for a tied unit that does not lie on two or more pipeline ranks, listed ascending."""
+    for unit, ranks in ties.items():
+        if len(ranks) < 2 or list(ranks) != sorted(set(ranks)) or min(ranks) < 0 or max(ranks) >= degrees.pipeline:
+            raise TopologyError(
+                f"tied unit {unit!r} on pipeline ranks {ranks}: must be two or more of 0..{degrees.pipeline - 1}, "
+                "ascending. A tie between stages of one rank needs no group"
             )
 
 
@@ -277,7 +301,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place and its groups: made once by `process_groups.build_topology`, passed to constructors."""
+    """This rank's place and its groups: made once by `process_groups.build_topology`, passed to constructors.
+
+    `ties`: the pipeline ranks that share each tied unit.
+    """
 
     degrees: Degrees
     rank: int
@@ -285,6 +312,7 @@ class Topology:
     control: Group
     groups: Mapping[str, Group]
     channels: Mapping[tuple[int, int], Group]
+    ties: Ties = field(default_factory=lambda: NO_TIES)
 
     @property
     def world_size(self) -> int:
@@ -328,7 +356,9 @@ class Topology:
         """The ranks of one pipeline."""
         return self.group("pp")
 
-    @property
-    def embedding_tie(self) -> Group:
-        """First and last rank of a pipeline, where they share a tensor."""
-        return self.group("embedding_tie")
+    def tie(self, unit: str) -> Group:
+        """The ranks of this rank's pipeline that share the flat unit `unit`; of size 1 where this rank shares nothing."""
+        ranks = self.ties.get(unit, ())
+        if self.coordinate("pp") not in ranks:
+            return Group(tie_name(ranks), (self.rank,), 0)
+        return self.pp if len(ranks) == self.degrees.pipeline else self.groups[tie_name(ranks)]

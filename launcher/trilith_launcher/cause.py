@@ -59,7 +59,7 @@ def _severity(ended: Ended, record: ErrorRecord | None) -> tuple[int, int]:
     rank whose peer has gone. Class 2: lost peers. Class 3: what happened after the launcher began to end the ranks.
     """
     when = ended.monotonic_ns if record is None else record.monotonic_ns
-    if ended.signalled_ns is not None and when > ended.signalled_ns:
+    if ended.signalled_ns is not None and when >= ended.signalled_ns:
         return 3, when
     if record is not None:
         return (2 if record.lost_peer else 0), when
@@ -141,8 +141,10 @@ def _ranks(count: int) -> str:
     return f"{count} other rank{'s' if count != 1 else ''}"
 
 
-def _aftermath(cause: Cause, ends: Sequence[Ended], records: Mapping[int, ErrorRecord]) -> str:
-    """One line about the other ranks, "" when there are none."""
+def _aftermath(
+    cause: Cause, ends: Sequence[Ended], records: Mapping[int, ErrorRecord], positions: Sequence[Position]
+) -> tuple[str, ...]:
+    """Where each rank stood that ended because of the cause, as far as it is known; then a line about all others."""
     others = [ended for ended in ends if ended.rank != cause.rank]
     well = [ended for ended in others if ended.returncode == 0]
     own = records.get(cause.rank)
@@ -154,16 +156,29 @@ def _aftermath(cause: Cause, ends: Sequence[Ended], records: Mapping[int, ErrorR
         and (other.type, other.message) == (own.type, own.message)
         and not own.lost_peer
     ]
-    rest = len(others) - len(well) - len(same)
-    parts = [
+    rest = sorted(ended.rank for ended in others if ended not in well and ended not in same)
+    places = (_place(rank, records.get(rank), positions[rank]) for rank in rest)
+    parts = (
         f"{_ranks(len(same))} failed with the same error" if same else "",
-        f"{_ranks(rest)} ended as a consequence of rank {cause.rank}" if rest else "",
+        f"{_ranks(len(rest))} ended as a consequence of rank {cause.rank}" if rest else "",
         f"{_ranks(len(well))} had ended normally" if well else "",
-    ]
-    return "; ".join(part for part in parts if part)
+    )
+    return (*places, "; ".join(part for part in parts if part))
 
 
-def word_report(cause: Cause, ends: Sequence[Ended], records: Mapping[int, ErrorRecord]) -> str:
-    """The report: headline, traceback or crash dump, and the other ranks in a line."""
-    parts = (cause.headline(), cause.details.rstrip("\n"), _aftermath(cause, ends, records))
+def _place(rank: int, record: ErrorRecord | None, position: Position) -> str:
+    """Where a rank was when it lost another one: what its exception notes, or where it last waited; "" if not known."""
+    if record is not None:
+        text = "; ".join(record.notes)
+    else:
+        text = f"last waited in {position.wait}" if position.wait else ""
+    where = str(position)
+    return text and f"rank {rank}{f' ({where})' if where else ''}: {text}"
+
+
+def word_report(
+    cause: Cause, ends: Sequence[Ended], records: Mapping[int, ErrorRecord], positions: Sequence[Position]
+) -> str:
+    """The report: headline, traceback or crash dump, where the other ranks stood, and how many they were in a line."""
+    parts = (cause.headline(), cause.details.rstrip("\n"), *_aftermath(cause, ends, records, positions))
     return "\n".join(part for part in parts if part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from trilith_launcher.failure import ErrorRecord, describe_exception, write_record
@@ -22,16 +23,28 @@ class RankContext:
         """Report the optimizer step, pipeline stage or phase ("forward") that begins; what is left out stays as it was.
 
         Costs a few microseconds and no message; the launcher reads it when the rank fails, is killed, or is
-        interrupted.
+        interrupted. What the rank waited for is forgotten.
         """
         last = self.last_position
-        self.last_position = Position(
-            last.step if step is None else step,
-            last.stage if stage is None else stage,
-            last.phase if phase is None else phase,
+        self._store(
+            Position(
+                last.step if step is None else step,
+                last.stage if stage is None else stage,
+                last.phase if phase is None else phase,
+            )
         )
+
+    def wait(self, text: str) -> None:
+        """Report that the rank begins to wait for another one: in which action, and for what, in words.
+
+        Costs a few microseconds. The launcher tells it of every rank that had to end because another one did.
+        """
+        self._store(replace(self.last_position, wait=text))
+
+    def _store(self, position: Position) -> None:
+        self.last_position = position
         if self._board is not None:
-            self._board.write(self.rank, self.last_position)
+            self._board.write(self.rank, position)
 
     def record_failure(self, exception: BaseException) -> ErrorRecord:
         """Write down why this rank fails; the first call counts, later ones return its record.

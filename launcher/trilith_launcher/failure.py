@@ -44,8 +44,10 @@ PEER_ERROR_TYPES = ("RuntimeError", "DistError", "DistBackendError", *LOST_PEER_
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """One rank's account of its failure. `time_ns` is the wall clock, `monotonic_ns` orders the ranks of one
-    machine."""
+    """One rank's account of its failure. `time_ns` is the wall clock, `monotonic_ns` orders the ranks of one machine.
+
+    `notes`: what code on the exception's way out added to it (`BaseException.add_note`).
+    """
 
     rank: int
     time_ns: int
@@ -59,6 +61,7 @@ class ErrorRecord:
     lost_peer: bool
     user_error: bool
     exit_code: int
+    notes: tuple[str, ...] = ()
 
     @property
     def position(self) -> Position:
@@ -118,6 +121,7 @@ def describe_exception(exception: BaseException, rank: int, position: Position) 
         lost_peer=is_lost_peer(exception),
         user_error=any(base.__name__ == "TrilithError" for base in type(exception).__mro__),
         exit_code=exit_code_of(exception),
+        notes=tuple(getattr(exception, "__notes__", ())),
     )
 
 
@@ -136,6 +140,7 @@ def write_json(path: Path, value: object) -> None:
 def read_record(path: Path) -> ErrorRecord | None:
     """The record at `path`, or None where the rank wrote none."""
     try:
-        return ErrorRecord(**json.loads(path.read_text()))
+        fields = json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    return ErrorRecord(**{**fields, "notes": tuple(fields["notes"])})

@@ -157,10 +157,20 @@ def conclude(
         for rank in range(num_ranks)
         if directory.crash(rank).exists() and (text := directory.crash(rank).read_text(errors="replace"))
     }
-    cause = choose_cause(outcome.ended, records, positions, crashes)
+    ends = _all_ends(outcome, num_ranks)
+    cause = choose_cause(ends, records, positions, crashes)
     if cause is not None:
-        return cause.exit_code or 1, word_report(cause, outcome.ended, records)
+        return cause.exit_code or 1, word_report(cause, ends, records, positions)
     if len(outcome.ended) < num_ranks:
         how = f"killed by {signal_name(-outcome.server_returncode)}" if outcome.server_returncode < 0 else "ended"
         return 1, f"the fork server was {how} before its ranks; {num_ranks - len(outcome.ended)} ranks ended with it"
     return 0, ""
+
+
+def _all_ends(outcome: Outcome, num_ranks: int) -> tuple[Ended, ...]:
+    """How the ranks ended, with those that were still there when the launcher killed their process group."""
+    if outcome.group_killed_ns is None:
+        return outcome.ended
+    when, seen = outcome.group_killed_ns, {ended.rank for ended in outcome.ended}
+    unseen = (Ended(rank, -signal.SIGKILL, when, when) for rank in range(num_ranks) if rank not in seen)
+    return (*outcome.ended, *unseen)

@@ -29,12 +29,16 @@ _KILL_TO_GROUP_S = 0.5
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended: every rank that was seen to end; the signal that interrupted it, unless a rank had failed
-    before; why the fork server refused to start ranks (text), and how the server itself ended (0 = well)."""
+    before; why the fork server refused to start ranks (text), and how the server itself ended (0 = well).
+
+    `group_killed_ns`: when the launcher killed what was left of the ranks, and the server with it (None = it did not).
+    """
 
     ended: tuple[Ended, ...]
     interrupted_by: int | None
     refusal: str
     server_returncode: int
+    group_killed_ns: int | None = None
 
 
 @contextmanager
@@ -90,6 +94,7 @@ class Supervisor:
         self._interrupted_by: int | None = None
         self._failed = False
         self._signalled_ns: int | None = None
+        self._group_killed_ns: int | None = None
         # What is still to be done to end the run: (when, signal), soonest first; signal 0 = kill the group.
         self._agenda: list[tuple[float, int]] = []
 
@@ -102,7 +107,7 @@ class Supervisor:
             # The group cannot have been reused: its leader, the server, has not been reaped yet.
             self._kill_group()
             returncode = self._server.wait()
-        return Outcome(tuple(self._ended), self._interrupted_by, self._refusal, returncode)
+        return Outcome(tuple(self._ended), self._interrupted_by, self._refusal, returncode, self._group_killed_ns)
 
     def _step(self) -> bool:
         """Wait for one event and act on it; False when the server has gone."""
@@ -159,6 +164,7 @@ class Supervisor:
         if self._signalled_ns is None:
             self._signalled_ns = time.monotonic_ns()
         if number == 0:
+            self._group_killed_ns = time.monotonic_ns()
             self._kill_group()
             return
         with suppress(BrokenPipeError, ConnectionResetError):

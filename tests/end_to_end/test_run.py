@@ -51,7 +51,10 @@ def content(directory: Path, **changes: Any) -> dict[str, Any]:
     }
     for path, value in changes.items():
         section, _, key = path.partition("__")
-        made.setdefault(section, {})[key] = value
+        if key:
+            made.setdefault(section, {})[key] = value
+        else:
+            made[section] = value
     return made
 
 
@@ -59,6 +62,9 @@ class Nowhere:
     """A launcher that does not listen."""
 
     def position(self, step: int | None = None, stage: int | None = None, phase: str | None = None) -> None:
+        pass
+
+    def wait(self, text: str) -> None:
         pass
 
 
@@ -125,6 +131,7 @@ def test_what_a_run_leaves(straight: Straight) -> None:
         resolved["config"]["model"]
     )
     assert resolved["origins"]["gradient_accumulation_steps"].startswith("derived") and resolved["world_size"] == 1
+    assert json.loads((here / "timeline.json").read_text())["step"] == STEPS
     assert (here / "report.png").stat().st_size > 5000 and "eval_loss" in (here / "report.html").read_text()
     with next((here / "csv").rglob("*.csv")).open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == [str(n) for n in range(1, STEPS + 1)]

@@ -10,10 +10,11 @@ import torch
 from tests.harness import assert_close_named, run_ranks
 from trilith.errors import ScheduleError
 from trilith.pipeline.action import Schedule
-from trilith.pipeline.executor import Executor, Recorder
+from trilith.pipeline.executor import Executor
 from trilith.pipeline.passes import complete
-from trilith.pipeline.schedules import make_schedule
+from trilith.pipeline.schedules import forward_only, make_schedule
 from trilith.pipeline.stage import NullParameters, PipelineStage
+from trilith.pipeline.step import Recorder
 from trilith.pipeline.transport import GroupChannels
 from trilith.process_groups import build_topology
 from trilith.topology import Degrees, Topology
@@ -140,7 +141,7 @@ def test_every_schedule_equals_one_process_on_a_gpu() -> None:
 def evaluate(rank: int, world_size: int) -> list[float]:
     """Train on three microbatches, then evaluate seven of another size on the same stages, then train again."""
     training = complete(make_schedule("interleaved_1f1b", world_size, 2, 3))
-    evaluation = complete(make_schedule("forward_only", world_size, 2, 7))
+    evaluation = complete(forward_only(training.placement, 7))
     topology = make_topology(world_size, [training, evaluation])
     stages, channels = make_stages(training, rank), GroupChannels(topology)
     trainer, evaluator = Executor(training, stages, channels), Executor(evaluation, stages, channels)
@@ -149,7 +150,7 @@ def evaluate(rank: int, world_size: int) -> list[float]:
     halves = [(tokens[:2], ids[:2]) for tokens, ids in batches(7)]
     outputs = evaluator.run(halves, small).outputs
     records: Recorder = []
-    Executor(training, stages, channels, records).run(batches(3), BOUNDARY)
+    Executor(training, stages, channels).run(batches(3), BOUNDARY, recorder=records)
     assert len(records) == 2 * (3 + 3 + 1)
     return [output["loss"].item() for output in outputs]
 

@@ -25,6 +25,12 @@ def ring(pipeline: int) -> list[tuple[int, int]]:
     return sorted(pairs | {(b, a) for a, b in pairs}, reverse=True)
 
 
+def tied(pipeline: int) -> dict[str, tuple[int, ...]]:
+    """A unit on both ends of the pipeline, one on its first ranks, one on all."""
+    sets = {"ends": (0, pipeline - 1), "first": (0, 1), "all": tuple(range(pipeline))}
+    return sets if pipeline > 1 else {}
+
+
 def layouts(world_size: int) -> list[Degrees]:
     """Every pipeline x data x tensor of this world size."""
     degrees = range(1, world_size + 1)
@@ -70,11 +76,15 @@ def every_layout(rank: int, world_size: int, directory: str) -> int:
     for number, degrees in enumerate(layouts(world_size)):
         assert join_world(rank, world_size, Path(directory) / f"store{number}", 30) == CPU
         for _ in range(2):  # a second topology in one world works too
-            topology = build_topology(degrees, CPU, 30, ties=True, channels=ring(degrees.pipeline))
+            topology = build_topology(degrees, CPU, 30, ties=tied(degrees.pipeline), channels=ring(degrees.pipeline))
             check_groups(topology)
-            planned = groups_of(degrees, rank, ties=True, channels=ring(degrees.pipeline))
+            planned = groups_of(degrees, rank, ties=tied(degrees.pipeline), channels=ring(degrees.pipeline))
             made = (*topology.groups.values(), *topology.channels.values())
             assert {g.name: g.ranks for g in made} == {g.name: g.ranks for g in planned}
+            column = degrees.dense.ranks_along(rank, ("pp",))
+            for unit, ranks in tied(degrees.pipeline).items():
+                shares = topology.coordinate("pp") in ranks
+                assert topology.tie(unit).ranks == (tuple(column[p] for p in ranks) if shares else (rank,))
         leave_world()
         assert not dist.is_initialized()
     return len(layouts(world_size))
@@ -88,7 +98,7 @@ def test_every_layout(world_size: int, tmp_path: Path) -> None:
 def alone(rank: int, world_size: int) -> list[int]:
     """World size 1 runs the same lines, without any process group."""
     assert join_world(rank, world_size, None, 5) == CPU
-    topology = build_topology(Degrees(), CPU, 5, ties=True)
+    topology = build_topology(Degrees(), CPU, 5)
     assert not dist.is_initialized() and device_mesh(topology) is None
     check_groups(topology)
     x = torch.ones(4, requires_grad=True)

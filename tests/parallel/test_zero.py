@@ -15,6 +15,7 @@ from trilith.config import load_config, resolve
 from trilith.models.base import LocalParameter
 from trilith.optim.adamw import Adam, AdamOptions
 from trilith.optim.groups import multipliers
+from trilith.pipeline.action import NO_MICROBATCH
 from trilith.precision import PrecisionPolicy
 from trilith.process_groups import build_topology
 from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
@@ -152,12 +153,12 @@ def train(model: ShardedModel, toy: Toy, case: Case, steps: range) -> list[tuple
     for step in steps:
         parts = tokens_of(step).to(model.device).view(case.microbatches, dp.size, -1)
         for index, microbatch in enumerate(parts):
-            stage.begin_backward(index == case.microbatches - 1)
+            stage.begin_backward(index, index == case.microbatches - 1)
             loss = toy(microbatch[dp.index]) / BATCH
             if step == case.poisoned_step and dp.index == dp.size - 1:
                 loss = loss * float("inf")
             (loss.float() if case.dtype == "fp16" else loss).mul(model.loss_scale).backward()
-        stage.reduce()
+        stage.reduce(NO_MICROBATCH)
         outcome = model.step(LR)
         outcomes.append((outcome.grad_norm, outcome.skipped, outcome.loss_scale))
     return outcomes
@@ -341,7 +342,7 @@ def test_saved_state_continues_bit_for_bit(case: Case) -> None:
 def gradients_on_ranks(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     topology = build_topology(Degrees(shard=world_size), torch.device("cpu"), timeout_s=20)
     toy, model = make_model(case, topology)
-    model.stage(0).begin_backward(True)
+    model.stage(0).begin_backward(0, True)
     (toy(tokens_of(0).view(world_size, -1)[rank]) / BATCH).backward()
     model.finish()
     found = [(spec, tensor.clone()) for _, spec, tensor in model.gradient_entries()]

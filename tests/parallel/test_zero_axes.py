@@ -25,6 +25,7 @@ from trilith.models.base import (
 )
 from trilith.optim.adamw import Adam, AdamOptions
 from trilith.optim.groups import multipliers
+from trilith.pipeline.action import NO_MICROBATCH
 from trilith.precision import PrecisionPolicy
 from trilith.process_groups import build_topology
 from trilith.topology import Degrees, Topology
@@ -125,7 +126,8 @@ def holder_of(rank: int, name: str, degrees: Degrees) -> int:
 
 def on_ranks(rank: int, world_size: int, degrees: Degrees, stage: int) -> dict[str, Any]:
     """Norms, and this rank's pieces of the master weights, after some steps with made-up gradients."""
-    topology = build_topology(degrees, torch.device("cpu"), timeout_s=20, ties=degrees.pipeline > 1)
+    ties = {"tokens": (0, 1)} if degrees.pipeline > 1 else {}
+    topology = build_topology(degrees, torch.device("cpu"), timeout_s=20, ties=ties)
     cuts = {0: FIRST, 1: LAST}
     mine = {i: cuts[i] for i in cuts if degrees.pipeline == 1 or i == topology.coordinate("pp")}
     stages = {i: Holder(units, topology) for i, units in mine.items()}
@@ -139,16 +141,16 @@ def on_ranks(rank: int, world_size: int, degrees: Degrees, stage: int) -> dict[s
         for i, module in stages.items():
             stage_parameters = model.stage(i)
             named = dict(module.named_parameters())
-            stage_parameters.begin_backward(True)
+            stage_parameters.begin_backward(0, True)
             loss = torch.zeros((), dtype=torch.float64)
             for p in module.local_parameters:
                 gradient = local_value(p, f"step{step}", holder_of(rank, p.name, degrees))
                 loss = loss + (named[p.name] * gradient).sum()
             loss.backward()
-            stage_parameters.reduce()
+            stage_parameters.reduce(NO_MICROBATCH)
         for i in stages:
-            if topology.embedding_tie.size > 1:
-                model.stage(i).tie_reduce()
+            if topology.tie("tokens").size > 1:
+                model.stage(i).tie_reduce(NO_MICROBATCH)
         norms.append(model.step(LR).grad_norm)
     copies = {
         name: value.detach().clone()
@@ -243,7 +245,7 @@ def late_gradient(rank: int, world_size: int) -> str:
     config = config_of(1)
     stage = Holder(FIRST, topology)
     model = ShardedModel({0: stage}, topology, PrecisionPolicy.from_config(config), config, sharding())
-    model.stage(0).begin_backward(True)
+    model.stage(0).begin_backward(0, True)
     weights = list(stage.parameters())
     sum((w.sum() for w in weights), torch.zeros((), dtype=torch.float64)).backward()
     try:

@@ -263,7 +263,7 @@ def test_contradictions(changes: dict[str, Any], path: str) -> None:
 
 
 def test_all_contradictions_at_once() -> None:
-    changes = {"train_batch_size": 15, "model.num_heads": 5, "pipeline.virtual_stages": 2, "parallel.context": 2}
+    changes = {"train_batch_size": 15, "model.num_heads": 5, "pipeline.schedule_file": "a", "parallel.context": 2}
     assert set(violations({**changes, "fp16.enabled": True, "bf16.enabled": True})) == {*changes, "bf16.enabled"}
 
 

@@ -4,161 +4,33 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from tests.pipeline_cases import (
+    BOUNDARY,
+    H,
+    Layers,
+    Meeting,
+    MemoryChannels,
+    batches,
+    one_process,
+    run_threads,
+    stages_of,
+    train,
+)
 from trilith.errors import ScheduleError
 from trilith.pipeline.action import Schedule, parse
-from trilith.pipeline.executor import Executor, Recorder, StepResult
+from trilith.pipeline.executor import Executor
 from trilith.pipeline.passes import complete
-from trilith.pipeline.schedules import make_schedule
+from trilith.pipeline.schedules import forward_only, make_schedule
 from trilith.pipeline.stage import NullParameters, PipelineStage
-
-B, H = 3, 5
-BOUNDARY = {"hidden": ((B, H), torch.float64)}
-TIMEOUT_S = 20.0
-
-
-@dataclass
-class Meeting:
-    """A handle of one end of a message: over when both ends have come (a send is not buffered)."""
-
-    event: threading.Event
-    finish: Callable[[], None] = lambda: None
-
-    @property
-    def done(self) -> bool:
-        return self.event.is_set()
-
-    def wait(self) -> None:
-        assert self.event.wait(TIMEOUT_S), "deadlock"
-        self.finish()
-
-
-@dataclass
-class Wire:
-    """A directed channel in memory: the n-th send meets the n-th receive, nothing is buffered."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    sent: list[torch.Tensor] = field(default_factory=list)
-    received: list[torch.Tensor] = field(default_factory=list)
-    events: defaultdict[int, threading.Event] = field(default_factory=lambda: defaultdict(threading.Event))
-
-    def join(self, tensor: torch.Tensor, ends: list[torch.Tensor]) -> Meeting:
-        with self.lock:
-            ends.append(tensor)
-            index = len(ends) - 1
-            if min(len(self.sent), len(self.received)) > index:
-                assert self.sent[index].shape == self.received[index].shape
-                self.received[index].copy_(self.sent[index])
-                self.events[index].set()
-            return Meeting(self.events[index])
-
-
-class MemoryChannels:
-    """`Channels` of one rank among threads."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, wires: dict[tuple[int, int], Wire], rank: int) -> None:
-        self.wires, self.rank = wires, rank
-        self.most_open = 0
-
-    def send(self, tensor: torch.Tensor, peer: int) -> Meeting:
-        wire = self.wires[self.rank, peer]
-        meeting = wire.join(tensor.detach(), wire.sent)
-        self.most_open = max(self.most_open, len(wire.sent) - len(wire.received))
-        return meeting
-
-    def receive(self, tensor: torch.Tensor, peer: int) -> Meeting:
-        return self.wires[peer, self.rank].join(tensor, self.wires[peer, self.rank].received)
-
-
-class Layers:
-    """Stage `index` of `num_stages`: its share of eight square layers, a loss at the end."""
-
-    def __init__(self, index: int, num_stages: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        weights = [torch.randn(H, H, generator=generator, dtype=torch.float64) for _ in range(8)]
-        size = 8 // num_stages
-        self.weights = [w.requires_grad_() for w in weights[index * size : (index + 1) * size]]
-        self.is_last = index == num_stages - 1
-
-    def __call__(self, inputs: dict[str, torch.Tensor], microbatch: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden = inputs.get("hidden", microbatch)
-        for weight in self.weights:
-            hidden = torch.tanh(hidden @ weight)
-        return {"loss": hidden.square().sum()} if self.is_last else {"hidden": hidden}
-
-
-class Calls(NullParameters):
-    """Writes down what the executor asks of a stage's parameters."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def begin_backward(self, final: bool) -> None:
-        self.calls.append("final" if final else "backward")
-
-    def reduce(self) -> None:
-        self.calls.append("reduce")
-
-    def tie_reduce(self) -> None:
-        self.calls.append("tie_reduce")
-
-
-def stages_of(schedule: Schedule, rank: int) -> dict[int, PipelineStage]:
-    count = schedule.num_stages
-    return {
-        index: PipelineStage(index, Layers(index, count), Calls(), index == 0, index == count - 1)
-        for index in schedule.stages_of(rank)
-    }
-
-
-def batches(count: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(B, H, generator=generator, dtype=torch.float64) for _ in range(count)]
-
-
-def run_threads(schedule: Schedule, work: Callable[[int, Executor, dict[int, PipelineStage]], Any]) -> list[Any]:
-    """`work` on every rank of the schedule, each a thread."""
-    wires = {pair: Wire() for pair in schedule.channels()}
-
-    def rank_main(rank: int) -> Any:
-        stages = stages_of(schedule, rank)
-        return work(rank, Executor(schedule, stages, MemoryChannels(wires, rank)), stages)
-
-    with ThreadPoolExecutor(schedule.num_ranks) as pool:
-        return [future.result(TIMEOUT_S) for future in [pool.submit(rank_main, r) for r in range(schedule.num_ranks)]]
-
-
-def train(schedule: Schedule, loss_seed: torch.Tensor | float = 1.0) -> tuple[StepResult, list[torch.Tensor]]:
-    """(result of the last rank, gradients of the eight layers)."""
-
-    def work(rank: int, executor: Executor, stages: dict[int, PipelineStage]) -> Any:
-        return executor.run(batches(schedule.num_microbatches), BOUNDARY, loss_seed), stages
-
-    by_stage: dict[int, PipelineStage] = {}
-    for result, stages in run_threads(schedule, work):
-        by_stage.update(stages)
-        if result.losses:
-            last = result
-    return last, [w.grad for _, stage in sorted(by_stage.items()) for w in stage.module.weights]
-
-
-def one_process(count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    model, losses = Layers(0, 1), []
-    for batch in batches(count):
-        losses.append(model({}, batch)["loss"])
-        losses[-1].backward()
-    return [loss.detach() for loss in losses], [w.grad for w in model.weights]
+from trilith.pipeline.step import Recorder, StepResult
 
 
 @pytest.mark.parametrize(
@@ -203,16 +75,19 @@ def test_sends_in_flight_are_bounded() -> None:
 
 
 def test_parameters_are_asked_in_order() -> None:
-    schedule = complete(make_schedule("interleaved_1f1b", 2, 2, 3), ties=True)
+    schedule = complete(replace(make_schedule("interleaved_1f1b", 2, 2, 3), ties=((0, 3),)))
 
     def work(rank: int, executor: Executor, stages: dict[int, PipelineStage]) -> dict[int, list[str]]:
         executor.run(batches(3), BOUNDARY)
         return {index: stage.parameters.calls for index, stage in stages.items()}
 
     first, second = run_threads(schedule, work)
-    common = ["backward", "backward", "final", "reduce"]
-    assert first[0] == second[3] == [*common, "tie_reduce"]
-    assert first[2] == second[1] == common
+    backwards = {
+        index: [call for call in calls if not call.startswith("forward")] for index, calls in (first | second).items()
+    }
+    common = ["backward 0", "backward 1", "final 2", "reduce"]
+    assert backwards[0] == backwards[3] == [*common, "tie_reduce"]
+    assert backwards[1] == backwards[2] == common
 
 
 def test_an_executor_runs_step_after_step_and_records() -> None:
@@ -220,10 +95,9 @@ def test_an_executor_runs_step_after_step_and_records() -> None:
 
     def work(rank: int, executor: Executor, stages: dict[int, PipelineStage]) -> Recorder:
         records: Recorder = []
-        recording = Executor(schedule, stages, executor._channels, records)
-        for runner in (executor, recording, executor):
-            runner.run(batches(2), BOUNDARY)
-            assert runner.position() == "between steps"
+        for recorder in (None, records, None):
+            executor.run(batches(2), BOUNDARY, recorder=recorder)
+            assert executor.position() == "between steps"
         return records
 
     for rank, records in enumerate(run_threads(schedule, work)):
@@ -238,7 +112,7 @@ def test_forward_only_returns_outputs_without_graph() -> None:
     def work(rank: int, executor: Executor, stages: dict[int, PipelineStage]) -> StepResult:
         return executor.run(batches(5), BOUNDARY)
 
-    first, last = run_threads(complete(make_schedule("forward_only", 2, 2, 5)), work)
+    first, last = run_threads(complete(forward_only((0, 1, 0, 1), 5)), work)
     assert first.outputs == [] and first.losses == [] and first.loss() == 0.0
     expected = one_process(5)[0]
     assert [output["loss"].item() for output in last.outputs] == [loss.item() for loss in expected]
@@ -350,14 +224,6 @@ def test_a_last_stage_without_loss_is_refused(module: Callable[..., Any], words:
 def test_a_stage_that_breaks_the_boundary_is_refused() -> None:
     with pytest.raises(ScheduleError, match=r"the boundary of the step is .*\(2, 5\)"):
         single(Layers(1, 2), num_stages=2).run(batches(2), {"hidden": ((2, 5), torch.float64)})
-
-
-@pytest.mark.parametrize("text", ["F0.0 I0.0 W0.0", "F0.0 F0.1&B0.0 B0.1"])
-def test_split_and_overlapped_backwards_are_refused(text: str) -> None:
-    actions = tuple(parse(word) for word in text.split())
-    schedule = complete(Schedule("mine", 1, 1, text.count("F"), (0,), (actions,)))
-    with pytest.raises(ScheduleError, match="whole backwards only"):
-        Executor(schedule, stages_of(schedule, 0), MemoryChannels({}, 0))
 
 
 def test_an_unchecked_schedule_is_refused() -> None:

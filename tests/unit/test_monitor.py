@@ -407,6 +407,20 @@ def test_views_of_a_flat_buffer_are_left_out_whole() -> None:
     assert meter.peak_bytes == X_BYTES + Y_BYTES
 
 
+def test_what_is_held_outside_of_autograd_counts_while_it_lives() -> None:
+    """A queue of weight gradients keeps x, which autograd keeps too (once), and a gradient of its own."""
+    module, gradient = Square(), torch.ones(8, 32)
+    with ActivationMeter(module.parameters()) as meter:
+        x = inputs()
+        loss = module(x)
+        held = [meter.track(x), meter.track(gradient)]
+        assert meter.live_bytes == meter.peak_bytes == X_BYTES + 2 * Y_BYTES
+        loss.backward()
+        assert meter.live_bytes == X_BYTES + Y_BYTES
+        held.clear()
+        assert meter.live_bytes == 0 and meter.peak_bytes == X_BYTES + 2 * Y_BYTES
+
+
 # ---- the report ---------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from trilith.errors import ConfigError
 from trilith.models.base import Init, ParameterDecl, TensorDecl, UnitDecl
-from trilith.pipeline.partition import layers_per_stage, partition, partition_problems, partition_units
+from trilith.pipeline.partition import layers_per_stage, num_layers_of, partition, partition_problems, partition_units
 
 
 def all_cuts(count: int, num_stages: int) -> list[tuple[tuple[int, int], ...]]:
@@ -72,6 +72,25 @@ def test_modes() -> None:
     assert partition(model, 1, "cost") == ((0, 10),)
 
 
+def test_measured_costs() -> None:
+    """The embedding and the head cost like any layer; without measurements FLOPs must do."""
+    model = units(4, head_flops=20.0)
+    assert partition(model, 2, "auto") == partition(model, 2, "cost") == ((0, 4), (4, 6))
+    measured = partition(model, 2, "auto", [3.0, 1.0, 1.0, 1.0, 1.0, 0.5])
+    assert measured == ((0, 2), (2, 6))
+    assert num_layers_of(model, measured) == (1, 3) and partition(model, 2, [1, 3]) == measured
+    assert partition(model, 2, "cost", [3.0, 1.0, 1.0, 1.0, 1.0, 0.5]) == ((0, 4), (4, 6)), "only auto is measured"
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
+def test_every_layer_is_placed_once(num_stages: int) -> None:
+    draw = random.Random(num_stages)
+    model = units(5)
+    cuts = partition(model, num_stages, "auto", [draw.random() for _ in model])
+    assert sum(num_layers_of(model, cuts)) == 5 and cuts[0][0] == 0 and cuts[-1][1] == len(model)
+    assert all(before[1] == after[0] for before, after in pairwise(cuts))
+
+
 def test_uniform_deals_the_remainder_to_the_first_stages() -> None:
     assert layers_per_stage(7, 3) == [3, 2, 2]
     assert partition(units(7), 3, "uniform") == ((0, 4), (4, 6), (6, 9))
@@ -81,7 +100,7 @@ def test_uniform_deals_the_remainder_to_the_first_stages() -> None:
     ("num_layers", "num_stages", "mode", "words"),
     [
         (2, 4, "cost", ("model.num_layers = 2", "4 stages", "at least a layer each")),
-        (4, 2, "fair", ("pipeline.partition = 'fair'", "cost, uniform, parameters")),
+        (4, 2, "fair", ("pipeline.partition = 'fair'", "cost, uniform, parameters, auto")),
         (4, 2, [4], ("lists 1 stages", "are 2")),
         (4, 2, [1, 2], ("places 3 layers", "model.num_layers is 4")),
         (4, 3, [2, 0, 2], ("at least one layer",)),

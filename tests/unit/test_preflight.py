@@ -41,7 +41,8 @@ def test_quickstart_is_eight_ranks() -> None:
     names = [unit.name for stage in found.stages for unit in stage]
     assert names == ["embedding", "layers.0", "layers.1", "layers.2", "layers.3", "head"]
     assert all(any(unit.name.startswith("layers.") for unit in stage) for stage in found.stages)
-    assert found.ties and found.eval_microbatches == 2
+    assert found.ties == {"embedding.tokens": (0, 1)} and found.eval_microbatches == 2
+    assert found.schedule.ties == ((0, 3),)
 
 
 def test_quickstart_makes_the_groups_it_uses() -> None:
@@ -121,7 +122,7 @@ def test_the_rank_that_holds_most_is_meant() -> None:
     found = plan({**heads, "parallel": {"data": 1, "tensor": 3}, "train_batch_size": 2})
     declared = [p for unit in found.units for p in unit.parameters if p.tie_copy == 0]
     held = [sum(local_parameter(p, rank, 3).numel for p in declared) for rank in range(3)]
-    assert held[0] == held[2] < held[1] == preflight.rank_memory(found, 0).parameters
+    assert held[0] == held[2] < held[1] == found.memory[0].parameters
 
 
 HALF = {"bf16.enabled": True}
@@ -150,13 +151,14 @@ def test_bytes_per_parameter(
     """The published figures: fp32 Adam 8 + 8/d, bf16 with fp32 gradients 6 + 12/d (Megatron's distributed optimizer)."""
     batch = {"train_batch_size": "auto", "gradient_accumulation_steps": 2, "zero_optimization.stage": stage}
     found = plan({"parallel": {"data": data}, **batch, **changes})
-    memory = preflight.rank_memory(found, 0)
+    memory = found.memory[0]
     count = memory.parameters
     share = data if stage else 1
     assert count == num_parameters(found.units)
     assert (memory.parameter_bytes, memory.gradient_bytes) == (parameter * count, gradient * count)
     assert 0 <= memory.optimizer_bytes - optimizer * count / share < optimizer + 1
-    assert memory.total_bytes == memory.parameter_bytes + memory.gradient_bytes + memory.optimizer_bytes
+    assert memory.state_bytes == memory.parameter_bytes + memory.gradient_bytes + memory.optimizer_bytes
+    assert memory.total_bytes == memory.state_bytes + memory.activation_bytes > memory.state_bytes
 
 
 def test_tied_copies_and_padding_count_where_they_lie() -> None:
@@ -164,7 +166,7 @@ def test_tied_copies_and_padding_count_where_they_lie() -> None:
     parallel = {"data": 1, "pipeline": 2, "tensor": 2}
     batch = {"train_batch_size": "auto", "gradient_accumulation_steps": 2}
     found = plan({"parallel": parallel, "model.vocab_size": 61, "data.tokenizer": {"vocab_size": 61}, **batch})
-    per_rank = [preflight.rank_memory(found, rank).parameters for rank in range(2)]
+    per_rank = [memory.parameters for memory in found.memory]
     whole = {t.name: t.numel for u in found.units for p in u.parameters for t in p.tensors if t.split is None}
     split = num_parameters(found.units) - sum(whole.values())
     rows = 61 * 32
@@ -177,7 +179,7 @@ def test_prediction_is_what_a_rank_allocates(changes: dict[str, Any]) -> None:
     single = {"parallel": {"data": 1}, "train_batch_size": "auto", "gradient_accumulation_steps": 2}
     found = plan({**single, **changes})
     trainer = Trainer(found, Place())
-    real, predicted = trainer.model.memory_bytes(), preflight.rank_memory(found, 0)
+    real, predicted = trainer.model.memory_bytes(), found.memory[0]
     trainer.close()
     num_tensors = sum(len(unit.parameters) for unit in found.units)
     for name, value in (
@@ -197,14 +199,17 @@ def test_json() -> None:
     content = json.loads(json.dumps(preflight.to_json(found), allow_nan=False))
     assert set(content) == {
         *("config", "origins", "notes", "world_size", "parameters", "train_flops_per_token", "stages", "ranks"),
-        *("groups", "bubble", "bubble_makespan", "peak_microbatches"),
+        *("groups", "bubble", "bubble_makespan", "peak_microbatches", "schedule", "ranking"),
     }
     assert content["world_size"] == 8 and content["parameters"] == num_parameters(found.units)
     assert set(content["train_flops_per_token"]) == {"causal", "noncausal"}
     assert [stage["pipeline_rank"] for stage in content["stages"]] == [0, 1]
     assert [name for stage in content["stages"] for name in stage["units"]] == [unit.name for unit in found.units]
-    keys = {"pipeline_rank", "parameters", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "total_bytes"}
+    keys = {"pipeline_rank", "parameters", "versions", "state_bytes", "total_bytes"}
+    keys |= {f"{part}_bytes" for part in ("parameter", "gradient", "optimizer", "rollback", "activation")}
     assert [set(rank) for rank in content["ranks"]] == [keys, keys]
+    assert content["schedule"]["name"] == "1f1b" and not content["schedule"]["splits_backward"]
+    assert content["ranking"] == []
     assert {group["name"] for group in content["groups"]} >= {"tp", "dp", "pp"}
     assert 0 < content["bubble"] < 1 and content["peak_microbatches"] == [2, 1]
     assert content["origins"]["gradient_accumulation_steps"].startswith("derived")
@@ -218,7 +223,8 @@ def test_text() -> None:
         "16 samples = microbatch 2 x 4 microbatches x data 2",
         "1f1b, 2 stages, ZeRO-1; predicted bubble",
         "stage 0 on pipeline rank 0: embedding ..",
-        "state bytes per rank (no activations)",
+        "predicted bytes per rank",
+        "of 2 microbatches, total",
         "tp [0, 1]",
         "gradient_accumulation_steps = 4 (derived",
     ):
@@ -274,7 +280,7 @@ def test_a_thousand_ranks_without_torch() -> None:
     assert not has_torch
     assert content["world_size"] == 1024 and content["parameters"] == 405_853_388_800
     assert len(content["stages"]) == 16 and sum(len(stage["units"]) for stage in content["stages"]) == 128
-    assert max(rank["total_bytes"] for rank in content["ranks"]) < 80e9
+    assert max(rank["state_bytes"] for rank in content["ranks"]) < 80e9
     assert seconds < 2.0
 
 

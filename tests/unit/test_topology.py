@@ -38,9 +38,20 @@ def chain(pipeline: int) -> Channels:
     return tuple(pair for p in range(pipeline - 1) for pair in ((p, p + 1), (p + 1, p)))
 
 
+def tied(pipeline: int) -> dict[str, tuple[int, ...]]:
+    """Shared units on the ends of a pipeline, on all of its ranks, on every other one, and on the ends again."""
+    sets = {
+        "ends": (0, pipeline - 1),
+        "all": tuple(range(pipeline)),
+        "others": tuple(range(0, pipeline, 2)),
+        "again": (0, pipeline - 1),
+    }
+    return {name: ranks for name, ranks in sets.items() if len(set(ranks)) > 1}
+
+
 LAYOUTS = [
     Degrees(*sizes)
-    for sizes in product((1, 2, 3), (1, 2), (1, 2, 3), (1, 2), (1, 2))
+    for sizes in product((1, 2, 3, 5), (1, 2), (1, 2, 3), (1, 2), (1, 2))
     if Degrees(*sizes).world_size <= 24
 ]
 
@@ -63,28 +74,46 @@ def test_view_is_row_major_and_invertible() -> None:
 
 def test_dense_layout_by_hand() -> None:
     degrees = Degrees(pipeline=2, shard=2, tensor=2)
-    plan = {(g.name, g.ranks) for g in group_plan(degrees, ties=True, channels=[(0, 1), (1, 0)])}
+    plan = {(g.name, g.ranks) for g in group_plan(degrees, ties={"tokens": (0, 1)}, channels=[(0, 1), (1, 0)])}
     columns = {(0, 4), (1, 5), (2, 6), (3, 7)}
     assert plan == (
         {("tp", ranks) for ranks in ((0, 1), (2, 3), (4, 5), (6, 7))}
         | {("dp", ranks) for ranks in ((0, 2), (1, 3), (4, 6), (5, 7))}
-        | set(product(("pp", "channel 0->1", "embedding_tie"), columns))
+        | set(product(("pp", "channel 0->1"), columns))
         | {("channel 1->0", (b, a)) for a, b in columns}
     )
 
 
-def test_equal_ranks_share_a_group() -> None:
-    """With two pipeline ranks the tie is the whole axis; with more it is a pair, made beside a channel of others."""
-    plan = group_plan(Degrees(pipeline=2), ties=True)
-    assert [(g.name, g.uses) for g in plan] == [("pp", ""), ("embedding_tie", "pp")]
+def test_ties_over_equal_ranks_share_a_group() -> None:
+    """A tie over the whole axis uses the axis's group; others have one per set, made beside channels of other ranks."""
+    assert [g.name for g in group_plan(Degrees(pipeline=2), ties={"a": (0, 1), "b": (0, 1)})] == ["pp"]
+    ties = {"b": (0, 3), "a": (0, 3), "c": (0, 1, 2, 3)}
     steps = [
-        [step and step.name for step in steps_of(Degrees(pipeline=4), rank, ties=True, channels=chain(4))]
+        [step and step.name for step in steps_of(Degrees(pipeline=4), rank, ties=ties, channels=chain(4))]
         for rank in range(4)
     ]
-    assert steps[0] == ["pp", "channel 0->1", "channel 1->0", "embedding_tie", None]
+    assert steps[0] == ["pp", "channel 0->1", "channel 1->0", "tie 0,3", None]
     assert steps[1] == ["pp", "channel 0->1", "channel 1->0", "channel 1->2", "channel 2->1"]
     assert steps[2] == ["pp", "channel 2->3", "channel 3->2", "channel 1->2", "channel 2->1"]
-    assert steps[3] == ["pp", "channel 2->3", "channel 3->2", "embedding_tie", None]
+    assert steps[3] == ["pp", "channel 2->3", "channel 3->2", "tie 0,3", None]
+    wide = [step and step.name for step in steps_of(Degrees(pipeline=5), 2, ties=tied(5), channels=chain(5))]
+    assert [name for name in wide if name and name.startswith("tie")] == ["tie 0,2,4"]
+
+
+@pytest.mark.parametrize("ranks", [(), (0,), (1, 0), (0, 0), (0, 2), (-1, 0)])
+def test_wrong_ties_are_named(ranks: tuple[int, ...]) -> None:
+    with pytest.raises(TopologyError, match=r"tied unit 'tokens' on pipeline ranks .*two or more of 0..1"):
+        group_plan(Degrees(pipeline=2), ties={"tokens": ranks})
+
+
+def test_a_rank_finds_the_group_of_a_tie() -> None:
+    pp, pair = Group("pp", (0, 1, 2), 1), Group("tie 1,2", (1, 2), 0)
+    ties = {"all": (0, 1, 2), "some": (1, 2), "others": (0, 2)}
+    control = Group("control", (0, 1, 2), 1)
+    groups = {"pp": pp, "tie 1,2": pair}
+    topology = Topology(Degrees(pipeline=3), 1, None, control, groups, {}, ties)  # type: ignore[arg-type]
+    assert topology.tie("all") is pp and topology.tie("some") is pair
+    assert topology.tie("others").ranks == topology.tie("nothing").ranks == (1,)
 
 
 def test_dp_is_shard_times_context() -> None:
@@ -101,9 +130,9 @@ def test_dp_is_shard_times_context() -> None:
 def test_plan_is_what_ranks_make(degrees: Degrees, links: Callable[[int], Channels]) -> None:
     """In each step groups are disjoint, and every rank is in one or sits out: their counts of groups stay equal."""
     channels = links(degrees.pipeline)
-    plan = group_plan(degrees, ties=True, channels=channels)
+    plan = group_plan(degrees, ties=tied(degrees.pipeline), channels=channels)
     assert all(len(set(group.ranks)) == len(group.ranks) > 1 for group in plan)
-    steps = [steps_of(degrees, r, ties=True, channels=channels) for r in range(degrees.world_size)]
+    steps = [steps_of(degrees, r, ties=tied(degrees.pipeline), channels=channels) for r in range(degrees.world_size)]
     for column in zip(*steps, strict=True):
         groups = {group for group in column if group is not None}
         members = [rank for group in groups for rank in group.ranks]
@@ -111,12 +140,13 @@ def test_plan_is_what_ranks_make(degrees: Degrees, links: Callable[[int], Channe
         assert all(column[rank] == group for group in groups for rank in group.ranks)
         assert len({group.uses for group in groups}) == 1
     for rank in range(degrees.world_size):
-        assert set(groups_of(degrees, rank, ties=True, channels=channels)) == {
+        assert set(groups_of(degrees, rank, ties=tied(degrees.pipeline), channels=channels)) == {
             group for group in plan if rank in group.ranks
         }
     names = {group.name for group in plan}
     assert {channel_name(*pair) for pair in channels} <= names
-    assert ("embedding_tie" in names) == (degrees.pipeline > 1)
+    expected = {3: {"tie 0,2"}, 5: {"tie 0,4", "tie 0,2,4"}}
+    assert {name for name in names if name.startswith("tie")} == expected.get(degrees.pipeline, set())
 
 
 def test_expert_view_folds_over_the_same_ranks() -> None:
@@ -168,7 +198,7 @@ def test_a_rank_does_not_loop_over_the_world() -> None:
     """One rank of a million finds its groups at once."""
     degrees = Degrees(pipeline=16, replicate=64, shard=64, context=2, tensor=8)
     start = time.perf_counter()
-    groups = groups_of(degrees, 540_000, ties=True, channels=ring(16))
+    groups = groups_of(degrees, 540_000, ties={"tokens": (0, 15)}, channels=ring(16))
     assert time.perf_counter() - start < 0.1
     sizes = {group.name: len(group.ranks) for group in groups}
     assert sizes == {
@@ -190,7 +220,7 @@ def test_groups_that_do_not_exist_have_one_rank() -> None:
     topology = Topology(Degrees(), 0, None, control, {}, {})  # type: ignore[arg-type]
     for group in (topology.tp, topology.cp, topology.dp, topology.pp, topology.replicate):
         assert group.size == 1 and group.handle is None and group.index == 0
-    assert topology.embedding_tie.size == 1 and topology.coordinate("tp") == topology.expert("ep") == 0
+    assert topology.tie("tokens").size == 1 and topology.coordinate("tp") == topology.expert("ep") == 0
 
 
 def test_no_torch_is_imported() -> None:

@@ -2,7 +2,8 @@
 
 Every function takes a `topology.Group`; a group of one rank communicates nothing, and that is decided here and nowhere
 else. `collectives` moves tensors, `gloo` composes what gloo lacks or does slowly, `autograd` holds the collectives that
-a gradient passes through, `objects` moves small values. All ranks of a group must call in the same order.
+a gradient passes through, `objects` moves small values, `clock` aligns the ranks' clocks. All ranks of a group must
+call in the same order.
 """
 
 from trilith.comm.autograd import (
@@ -13,6 +14,7 @@ from trilith.comm.autograd import (
     scatter_sum_along,
     split_along,
 )
+from trilith.comm.clock import clock_offset_s
 from trilith.comm.collectives import (
     all_gather,
     all_reduce,
@@ -35,6 +37,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_object",
+    "clock_offset_s",
     "concat_along",
     "copy_to",
     "gather_along",

@@ -10,6 +10,8 @@ import torch
 from trilith.comm.collectives import all_gather, broadcast
 from trilith.topology import Group
 
+CPU = torch.device("cpu")
+
 
 def _bytes(value: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -38,13 +40,16 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     return [_value(row[: int(count)]) for row, count in zip(rows, lengths, strict=True)]
 
 
-def broadcast_object(value: Any, source_index: int, group: Group) -> Any:
-    """The `value` of rank `source_index` of the group on every rank; what JSON can say, as in `gather_objects`."""
+def broadcast_object(value: Any, source_index: int, group: Group, device: torch.device = CPU) -> Any:
+    """The `value` of rank `source_index` of the group on every rank; what JSON can say, as in `gather_objects`.
+
+    `device`: where the group's tensors must lie: anywhere for gloo, on this rank's GPU for nccl.
+    """
     is_source = group.index == source_index
-    data = _bytes(value) if is_source else torch.empty(0, dtype=torch.uint8)
-    length = torch.tensor([data.numel()])
+    data = _bytes(value).to(device) if is_source else torch.empty(0, dtype=torch.uint8, device=device)
+    length = torch.tensor([data.numel()], device=device)
     broadcast(length, source_index, group)
     if not is_source:
-        data = torch.empty(int(length), dtype=torch.uint8)
+        data = torch.empty(int(length), dtype=torch.uint8, device=device)
     broadcast(data, source_index, group)
-    return _value(data)
+    return _value(data.cpu())

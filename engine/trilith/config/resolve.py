@@ -15,12 +15,14 @@ from typing import Any, Literal
 from trilith.config.base import AUTO
 from trilith.config.batch import MICRO, STEPS, TOTAL, derive_batch
 from trilith.config.draft import Draft
+from trilith.config.layout_keys import PREFLIGHT_DECIDES, V_SHAPED
 from trilith.config.rules import check_rules, notes_of, overlap, tainted_by, what_a_run_needs
 from trilith.config.schema import Config, Provenance, takes_auto, with_provenance
 from trilith.errors import ConfigError, Violation
 
 DEFAULT_LR = 1e-3
 DEFAULT_LOG_INTERVAL = 10
+_VIRTUAL_STAGES = "pipeline.virtual_stages"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def resolve(
     checks: Sequence[Callable[[Config], Iterable[Violation]]] = (),
 ) -> Resolved:
     """Replaces every "auto" of `config` for `world_size` ranks (None: the product of the degrees).
+
+    What only preflight can decide stays "auto": schedule and partition, and the stages per rank that follow from them.
 
     needs: "run" demands model, data and training.steps; "engine" (trilith.initialize) leaves them open, `config.model`
     may then be None. local_ranks: ranks on this machine (None: all). cores: of this machine (None: those that this
@@ -122,7 +126,11 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _open_keys(tree: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(path for path, value in _leaves(tree).items() if value == AUTO and takes_auto(path))
+    """Keys that are still "auto", but for the stages per rank where a file or a search says how many there are."""
+    later = {_VIRTUAL_STAGES} if tree["pipeline"]["schedule"] in PREFLIGHT_DECIDES else set()
+    return frozenset(
+        path for path, value in _leaves(tree).items() if value == AUTO and takes_auto(path) and path not in later
+    )
 
 
 def _origins(draft: Draft, provenance: Provenance) -> dict[str, str]:
@@ -174,6 +182,16 @@ def _derive_threads(draft: Draft) -> None:
     ranks = draft.local_ranks or degrees[0] * degrees[1] * degrees[2] * degrees[3]
     how = f"{draft.cores} cores / {ranks} ranks on this machine, at least 1"
     draft.derive("run.threads", max(1, draft.cores // ranks), how)
+
+
+def _derive_pipeline(draft: Draft) -> None:
+    schedule = draft.get("pipeline.schedule")
+    if schedule not in PREFLIGHT_DECIDES:
+        stages, shape = (2, "V-shaped") if schedule in V_SHAPED else (1, "not V-shaped")
+        draft.derive(_VIRTUAL_STAGES, stages, f"{stages}, because {schedule} is {shape}")
+    if schedule == AUTO and not draft.was_given("pipeline.partition"):
+        draft.tree["pipeline"]["partition"] = AUTO
+        draft.derived["pipeline.partition"] = "auto, because pipeline.schedule is"
 
 
 def _derive_precision(draft: Draft) -> None:
@@ -306,6 +324,7 @@ _DEGREES = ("parallel.data", "parallel.pipeline", "parallel.tensor", "parallel.c
 _STEPS: tuple[tuple[tuple[str, ...], Callable[[Draft], None]], ...] = (
     (_DEGREES[1:], _derive_parallel),
     ((), _derive_threads),
+    (("pipeline",), _derive_pipeline),
     (("fp16.enabled", "bf16.enabled", "data_types", "communication_data_type"), _derive_precision),
     (("model",), _derive_model),
     (("model.vocab_size", "data.tokenizer", "data.paths"), _derive_vocabulary),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from trilith.config.base import NotGiven
+from trilith.config.layout_keys import ASYNCHRONOUS, FROM_FILE
 from trilith.config.model_keys import ModelConfig
 from trilith.config.schema import Config
 from trilith.config.training_keys import AdamConfig, SGDConfig, WarmupDecayLRConfig, WarmupLRConfig, WSDConfig
@@ -136,19 +137,60 @@ def axes_not_built(config: Config) -> list[Violation]:
     ]
 
 
-def virtual_stages_interleave(config: Config) -> list[Violation]:
-    """More than one stage per rank needs the interleaved schedule and more than one pipeline rank."""
-    pipeline, ranks = config.pipeline, config.parallel.pipeline
-    if pipeline.virtual_stages == 1:
+def interleaving_needs_ranks(config: Config) -> list[Violation]:
+    """Stages are interleaved over more than one pipeline rank."""
+    pipeline = config.pipeline
+    if pipeline.schedule != "interleaved_1f1b" or pipeline.virtual_stages == 1 or config.parallel.pipeline > 1:
         return []
-    if pipeline.schedule != "interleaved_1f1b":
-        rule = f"is above 1, which pipeline.schedule {pipeline.schedule!r} has no use for"
-        fix = 'Use 1, or pipeline.schedule "interleaved_1f1b".'
-        return [Violation("pipeline.virtual_stages", pipeline.virtual_stages, rule, fix)]
-    if ranks == 1:
-        rule = "is above 1, but parallel.pipeline is 1: there is nothing to interleave"
-        return [Violation("pipeline.virtual_stages", pipeline.virtual_stages, rule, "Use 1.")]
-    return []
+    rule = "is above 1, but parallel.pipeline is 1: there is nothing to interleave"
+    return [Violation("pipeline.virtual_stages", pipeline.virtual_stages, rule, "Use 1.")]
+
+
+def file_of_a_schedule(config: Config) -> list[Violation]:
+    """A schedule comes from a file where that is asked for, and only there."""
+    schedule, path = config.pipeline.schedule, config.pipeline.schedule_file
+    if (schedule == FROM_FILE) == (path is not None):
+        return []
+    if path is None:
+        rule = f'is not given, but pipeline.schedule is "{FROM_FILE}"'
+        return [Violation("pipeline.schedule_file", NotGiven(), rule, "Give the file, or name a schedule.")]
+    rule = f'has no effect while pipeline.schedule is "{schedule}"'
+    fix = f'Remove it, or set pipeline.schedule to "{FROM_FILE}".'
+    return [Violation("pipeline.schedule_file", path, rule, fix)]
+
+
+def each_stage_updates_alone(config: Config) -> list[Violation]:
+    """Under pipedream a stage steps as soon as it has a gradient: nothing may need all stages of one step."""
+    if config.pipeline.schedule != "pipedream":
+        return []
+    why, found = "pipeline.schedule pipedream updates each stage alone, without", []
+    if config.gradient_clipping > 0.0:
+        rule = f"{why} a global norm to clip by"
+        found.append(Violation("gradient_clipping", config.gradient_clipping, rule, "Set it to 0."))
+    if config.fp16.enabled and config.fp16.loss_scale == 0.0:
+        fix = "Set a fixed fp16.loss_scale, or use bf16."
+        found.append(Violation("fp16.loss_scale", 0.0, f"{why} the overflows of all that a dynamic scale follows", fix))
+    if config.bf16.enabled and config.bf16.check_grad_overflow:
+        rule = f"{why} the overflows of all stages that a skipped step needs"
+        found.append(Violation("bf16.check_grad_overflow", True, rule, "Set it to false."))
+    return found
+
+
+def tied_weights_update_together(config: Config) -> list[Violation]:
+    """Under pipedream the copies of a tied weight on two ranks would be updated at different times."""
+    pipeline = config.parallel.pipeline
+    if config.pipeline.schedule != "pipedream" or not config.model.tie_embeddings or pipeline == 1:
+        return []
+    rule = "pipeline.schedule pipedream updates each stage alone, so the first and the last cannot share a weight"
+    return [Violation("model.tie_embeddings", True, rule, "Set it to false.")]
+
+
+def postvalidation_has_a_step(config: Config) -> list[Violation]:
+    """An optimizer step can be validated afterwards only where there is one a step, over all stages."""
+    if config.pipeline.optimizer_sync == "step" or config.pipeline.schedule not in ASYNCHRONOUS:
+        return []
+    rule = f"pipeline.schedule {config.pipeline.schedule} never waits for all stages, so there is nothing to gain"
+    return [Violation("pipeline.optimizer_sync", config.pipeline.optimizer_sync, rule, 'Use "step".')]
 
 
 def gradients_not_narrower(config: Config) -> list[Violation]:
@@ -246,7 +288,11 @@ RULES: tuple[Rule, ...] = (
         evaluation_batch_divides,
     ),
     Rule(("parallel.context", "parallel.replicate"), axes_not_built),
-    Rule(("pipeline.virtual_stages", "pipeline.schedule", "parallel.pipeline"), virtual_stages_interleave),
+    Rule(("pipeline.virtual_stages", "pipeline.schedule", "parallel.pipeline"), interleaving_needs_ranks),
+    Rule(("pipeline.schedule", "pipeline.schedule_file"), file_of_a_schedule),
+    Rule(("pipeline.schedule", "gradient_clipping", "fp16", "bf16"), each_stage_updates_alone),
+    Rule(("pipeline.schedule", "model.tie_embeddings", "parallel.pipeline"), tied_weights_update_together),
+    Rule(("pipeline.schedule", "pipeline.optimizer_sync"), postvalidation_has_a_step),
     Rule(("data_types", "communication_data_type", "fp16.enabled", "bf16.enabled"), gradients_not_narrower),
     Rule(("fp16.loss_scale", "fp16.min_loss_scale", "fp16.initial_scale_power"), loss_scale_has_a_floor),
     Rule(("optimizer",), nesterov_has_momentum),
@@ -298,6 +344,7 @@ def notes_of(config: Config, was_given: Callable[[str], bool]) -> list[str]:
     notes = []
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:
         notes.append("parallel.sequence_parallel: has no effect with parallel.tensor 1")
+    notes += _pipeline_notes(config)
     if isinstance(config.optimizer, AdamConfig):
         kind = "decoupled (AdamW)" if config.optimizer.decoupled_decay else "added to the gradient (L2)"
         notes.append(f"optimizer: Adam with weight decay {kind}; optimizer.params.adam_w_mode chooses")
@@ -320,4 +367,16 @@ def notes_of(config: Config, was_given: Callable[[str], bool]) -> list[str]:
     total = getattr(getattr(scheduler, "params", None), "total_num_steps", None)
     if total is not None and 0 < total < config.training.steps:
         notes.append(f"scheduler.params.total_num_steps: {total} ends before training.steps {config.training.steps}")
+    return notes
+
+
+def _pipeline_notes(config: Config) -> list[str]:
+    pipeline, notes = config.pipeline, []
+    if pipeline.schedule in ASYNCHRONOUS:
+        notes.append(
+            f"pipeline.schedule: {pipeline.schedule} changes the mathematics: gradients are taken at older weights than "
+            "those that they update"
+        )
+    if pipeline.optimizer_sync == "postvalidate" and config.parallel.pipeline == 1:
+        notes.append("pipeline.optimizer_sync: postvalidate gains nothing with parallel.pipeline 1")
     return notes

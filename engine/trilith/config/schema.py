@@ -76,7 +76,7 @@ def _default_optimizer() -> AdamWConfig:
 
 
 class Config(ConfigModel):
-    """One run. After `resolve` no value is "auto"; `model` is None only where `resolve(needs="engine")` allowed it."""
+    """One run. After `resolve` nothing is "auto" but what preflight decides; `model` is None only with needs="engine"."""
 
     model: OrAbsent[ModelConfig] = key(None, "The transformer to train; a run needs it, trilith.initialize does not.")
     data: DataConfig = key(DataConfig(), "Where samples come from.")

@@ -26,7 +26,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S/t or S, in) of the sequence region to (B, S, out). All ranks of the group must call it."""
-        return ops.linear(self.placement.enter(x), self.weight, self.bias)
+        return ops.linear(self.placement.enter(x), self.weight, self.bias, self.placement.queue)
 
 
 class RowParallelLinear(nn.Module):
@@ -44,5 +44,5 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, in) to (B, S/t or S, out) of the sequence region. All ranks of the group must call it."""
-        y = self.placement.leave(ops.linear(x, self.weight))
+        y = self.placement.leave(ops.linear(x, self.weight, queue=self.placement.queue))
         return y if self.bias is None else y + self.bias

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith import comm
+from trilith.kernels.weight_queue import WeightQueue
 from trilith.topology import Group
 
 
@@ -15,13 +16,15 @@ from trilith.topology import Group
 class Placement:
     """The tensor-parallel group of a layer, and the dtype and device of its parameters.
 
-    With `sequence_parallel` the activations outside the pairs of linears are split over `group` along S.
+    With `sequence_parallel` the activations outside the pairs of linears are split over `group` along S. `queue` is
+    where the stage's linears leave their weight gradients, under schedules that split backward.
     """
 
     group: Group
     sequence_parallel: bool
     dtype: torch.dtype
     device: torch.device
+    queue: WeightQueue | None = None
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """A parameter of the local `shape`, not initialised."""

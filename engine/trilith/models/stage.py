@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.config.model_keys import ModelConfig
+from trilith.kernels.weight_queue import WeightQueue
 from trilith.layers.placement import Placement
 from trilith.layers.recompute import FULL, recomputed
 from trilith.models.base import LocalParameter, UnitDecl, local_parameter, stage_parameters
@@ -70,6 +71,11 @@ class StageModel(nn.Module):
         logits = self._observed(HEAD, self.head(hidden), batch)
         return {"logits": logits} if batch.labels is None else {"loss": self.head.loss(logits, batch)}
 
+    @property
+    def queue(self) -> WeightQueue | None:
+        """Where its linears leave their weight gradients, under a schedule that splits backward."""
+        return self.settings.placement.queue
+
     def boundary(self, batch_size: int, sequence_length: int) -> Boundary:
         """Shape and dtype of what crosses from any stage of this model to the next, by name."""
         region = self.settings.placement.region_slice(sequence_length)
@@ -108,14 +114,15 @@ def build_stage(
     seed: int,
     sequence_parallel: bool,
     dtype: torch.dtype,
+    queue: WeightQueue | None = None,
 ) -> StageModel:
     """The stage made of `units` for this tensor rank, on the meta device: shapes and dtypes, no values.
 
     Whoever fills it must give finite values to all of a parameter, padding included. `recompute` is `none`,
-    `selective` or `full`.
+    `selective` or `full`. `queue`: where its linears leave their weight gradients, if backward is split.
     """
     group = topology.tp
     shared = sequence_parallel and group.size > 1
     local = tuple(local_parameter(p, group.index, group.size, shared) for p in stage_parameters(units))
-    placement = Placement(group, shared, dtype, torch.device("meta"))
+    placement = Placement(group, shared, dtype, torch.device("meta"), queue)
     return StageModel(StageSettings(model, placement, seed, recompute), units, local)

@@ -44,6 +44,15 @@ class ActivationMeter:
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
 
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that are held now."""
+        return self._live_bytes
+
+    def track(self, tensor: Tensor) -> object:
+        """Count a tensor that is held outside of autograd, for as long as the returned object lives."""
+        return _Kept(self, tensor.detach())
+
     def add(self, tensor: Tensor) -> int:
         """Count a reference to the tensor's storage; returns the storage's address (0: not counted)."""
         storage = tensor.untyped_storage()

@@ -18,13 +18,14 @@ class StepRecord:
     `model_flops_per_s_causal` and `_noncausal` are achieved model FLOP/s over all ranks without recompute, attention
     counted over half or the whole of the sequence; `mfu_*` divide by the peak of all ranks where one is known.
     `breakdown` holds what `wall_clock_breakdown` and `memory_breakdown` ask for, of rank 0, units in the keys.
+    `grad_norm` is None where no global norm is taken (pipedream).
     `memory_peak_bytes` is the largest peak of any rank: device memory on CUDA, resident set on a CPU.
     """
 
     step: int
     loss: float
     lr: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
     tokens_per_s: float
     step_time_s: float

@@ -83,7 +83,7 @@ class Progress:
         parts = [
             f"loss {record.loss:.4f}",
             f"lr {record.lr:.2e}",
-            f"grad_norm {record.grad_norm:.3f}",
+            *([] if record.grad_norm is None else [f"grad_norm {record.grad_norm:.3f}"]),
             f"{human_count(record.tokens_per_s)} tokens/s",
             f"{human_count(record.model_flops_per_s_causal)}FLOP/s causal "
             f"({human_count(record.model_flops_per_s_noncausal)} non-causal)",

@@ -79,7 +79,8 @@ def _points(record: Record) -> Iterable[tuple[str, float]]:
         return
     yield "Train/Samples/train_loss", record.loss
     yield "Train/Samples/lr", record.lr
-    yield "Train/Samples/grad_norm", record.grad_norm
+    if record.grad_norm is not None:
+        yield "Train/Samples/grad_norm", record.grad_norm
     yield "Train/Samples/tokens_per_s", record.tokens_per_s
     if record.loss_scale is not None:
         yield "Train/Samples/loss_scale", record.loss_scale

@@ -66,6 +66,10 @@ class Optimizer(ABC):
             self._update(group, gradients, lr, fused_scale)
         self.num_steps += 1
 
+    def read_gradients(self, partitions: Sequence[FlatPartition]) -> None:
+        """Take gradients from `partitions` from now on; all else must be as in those that the optimizer was made with."""
+        self._groups = _slice_groups(partitions, self.state)
+
     def state_dict(self) -> dict[str, Any]:
         """The scalars of the state, JSON-able; tensors are in `state`, one dict by role for each partition."""
         return {"num_steps": self.num_steps}

@@ -120,6 +120,7 @@ class _Recorder:
         self._gradients(loss_scale)
         result = self._trainer.update(accumulated)
         self._lrs.append(result.lr)
+        assert result.grad_norm is not None, "a synchronous step has a norm"
         self._scalars({LOSS: result.loss, GRADIENT_NORM: result.grad_norm})
         self.weights(number)
 
@@ -140,7 +141,7 @@ class _Recorder:
         index = {
             "rank": self._rank,
             "lrs": self._lrs,
-            "data": self._trainer.train_data.fingerprint,
+            "data": self._trainer.feed.train_data.fingerprint,
             "parts": [part.to_json() for part in self._parts],
         }
         (self._directory / f"rank-{self._rank:05d}.json").write_text(json.dumps(index))

@@ -18,7 +18,12 @@ NO_MICROBATCH = -1  # the microbatch of an action that concerns a whole stage
 
 
 class Kind(StrEnum):
-    """What an action does. `SEND_FORWARD` carries activations to the next stage, `SEND_BACKWARD` gradients back."""
+    """What an action does. `SEND_FORWARD` carries activations to the next stage, `SEND_BACKWARD` gradients back.
+
+    `BACKWARD` is whole; `BACKWARD_INPUT` and `BACKWARD_WEIGHT` are its halves. `UPDATE` is an optimizer step of one stage
+    inside an asynchronous schedule. `VALIDATE` is where a rank that took its optimizer step before the global norm was
+    known learns whether it was right: once a rank, before its first backward.
+    """
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -33,12 +38,20 @@ class Kind(StrEnum):
     RELEASE = "release"
     REDUCE = "reduce"
     TIE_REDUCE = "tie_reduce"
+    UPDATE = "update"
+    VALIDATE = "validate"
+
+    __hash__ = str.__hash__  # what Enum has is written in Python, and kinds are keys in every loop over a schedule
 
 
 COMPUTE = frozenset((Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT, Kind.OVERLAPPED))
 SENDS = frozenset((Kind.SEND_FORWARD, Kind.SEND_BACKWARD))
 RECEIVES = frozenset((Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD))
-STAGE_WIDE = frozenset((Kind.GATHER, Kind.RELEASE, Kind.REDUCE, Kind.TIE_REDUCE))
+MESSAGES = SENDS | RECEIVES
+STAGE_WIDE = frozenset((Kind.GATHER, Kind.RELEASE, Kind.REDUCE, Kind.TIE_REDUCE, Kind.VALIDATE))  # of no microbatch
+PER_UPDATE = frozenset(
+    (Kind.REDUCE, Kind.TIE_REDUCE)
+)  # name the last microbatch of their update where there are several
 WEIGHT_GRADIENT = frozenset((Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
 INPUT_GRADIENT = frozenset((Kind.BACKWARD, Kind.BACKWARD_INPUT))
 
@@ -56,10 +69,12 @@ _CODES = MappingProxyType(
         Kind.RELEASE: "FR",
         Kind.REDUCE: "RD",
         Kind.TIE_REDUCE: "TR",
+        Kind.UPDATE: "U",
+        Kind.VALIDATE: "V",
     }
 )
 _KINDS = MappingProxyType({code: kind for kind, code in _CODES.items()})
-_PATTERN = re.compile(r"([A-Z]{1,2})(\d+)(?:\.(\d+))?(?:([<>])(\d+))?")
+_PATTERN = re.compile(r"([A-Z]{1,2})([0-9]{1,9})(?:\.([0-9]{1,9}))?(?:([<>])([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +136,7 @@ def parse(text: str) -> Action:
     if found is None or found[1] not in _KINDS:
         raise ScheduleError(f"action {text!r}: not of the form F0.3, SF0.3>1 or RD2. Codes: {', '.join(_KINDS)}")
     kind = _KINDS[found[1]]
-    if (found[3] is None) != (kind in STAGE_WIDE):
+    if kind not in PER_UPDATE and (found[3] is None) != (kind in STAGE_WIDE):
         has = "has no" if kind in STAGE_WIDE else "needs a"
         raise ScheduleError(f"action {text!r}: {kind.value} {has} microbatch")
     arrow = ">" if kind in SENDS else "<" if kind in RECEIVES else None
@@ -163,6 +178,18 @@ def gives(action: Action) -> tuple[Token, ...]:
     return tuple(tokens)
 
 
+def message_of(action: Action) -> Token:
+    """What a send or receive carries, named by the computation that made it."""
+    if action.kind is Kind.SEND_FORWARD:
+        return (Kind.FORWARD, action.stage, action.microbatch)
+    if action.kind is Kind.RECEIVE_FORWARD:
+        return (Kind.FORWARD, action.stage - 1, action.microbatch)
+    if action.kind is Kind.SEND_BACKWARD:
+        return (Kind.BACKWARD, action.stage, action.microbatch)
+    assert action.kind is Kind.RECEIVE_BACKWARD, action
+    return (Kind.BACKWARD, action.stage + 1, action.microbatch)
+
+
 def consumer(token: Token, num_stages: int) -> int | None:
     """The other stage that reads a token's tensors, or None at the ends of the pipeline."""
     stage = token[1] + (1 if token[0] is Kind.FORWARD else -1)
@@ -173,7 +200,10 @@ def consumer(token: Token, num_stages: int) -> int | None:
 class Schedule:
     """Who does what in which order, over one step.
 
-    `placement[stage]` is the pipeline rank that holds the stage; `actions[rank]` what the rank does, in order.
+    `placement[stage]` is the pipeline rank that holds the stage; `actions[rank]` what the rank does, in order. `ties` are
+    the sets of stages that share a weight. `update_every` is 0 where the optimizer steps once, after the last
+    microbatch, else the number of microbatches of each update (asynchronous schedules). `frozen` are the stages
+    without trainable parameters: they have no weight gradients, and no backward at all where nothing before trains.
     """
 
     name: str
@@ -182,6 +212,9 @@ class Schedule:
     num_microbatches: int
     placement: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
+    ties: tuple[tuple[int, ...], ...] = ()
+    update_every: int = 0
+    frozen: frozenset[int] = frozenset()
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a pipeline rank holds, ascending."""
@@ -198,6 +231,47 @@ class Schedule:
     def is_forward_only(self) -> bool:
         """True where no action computes a gradient (evaluation)."""
         return not any(part.kind in COMPUTE and part.kind is not Kind.FORWARD for _, part in self.parts())
+
+    @property
+    def splits_backward(self) -> bool:
+        """True where some backward runs in two halves."""
+        return any(part.kind is Kind.BACKWARD_WEIGHT for _, part in self.parts())
+
+    @property
+    def first_trained(self) -> int:
+        """The lowest stage that has trainable parameters, the number of stages where none has.
+
+        Gradients go no further back: the stages before it have no backward, and itself it sends none.
+        """
+        stage = 0
+        while stage < self.num_stages and stage in self.frozen:
+            stage += 1
+        return stage
+
+    @property
+    def updates(self) -> tuple[int, ...]:
+        """The names of the updates in REDUCE, TIE_REDUCE and UPDATE, in order: see `update_of`."""
+        if not self.update_every:
+            return (NO_MICROBATCH,)
+        return tuple(range(self.update_every - 1, self.num_microbatches, self.update_every))
+
+    def update_of(self, microbatch: int) -> int:
+        """The update that a microbatch's gradients go into: its last microbatch, -1 where a step has but one update."""
+        if not self.update_every:
+            return NO_MICROBATCH
+        return microbatch - microbatch % self.update_every + self.update_every - 1
+
+    @property
+    def shared_ties(self) -> tuple[tuple[int, ...], ...]:
+        """The ties whose gradients are summed over ranks: stages of two ranks or more, with a weight that trains.
+
+        A tie with a frozen stage has none: its weight is one of that stage's.
+        """
+        return tuple(
+            tie
+            for tie in self.ties
+            if len({self.placement[stage] for stage in tie}) > 1 and self.frozen.isdisjoint(tie)
+        )
 
     def channels(self) -> tuple[tuple[int, int], ...]:
         """The directed pairs (source, destination) of pipeline ranks that messages pass between, sorted."""

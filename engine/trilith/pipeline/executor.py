@@ -1,132 +1,93 @@
 """Runs any checked schedule: one table from action kind to method, and the activations in flight.
 
 Sends are asynchronous and receives are posted ahead (`transport`), so a rank waits only in front of a computation whose
-inputs have not arrived. Neighbouring stages on one rank hand their tensors over without communication. Between runs
-the executor is empty: no activation, gradient or message outlives a step.
+inputs have not arrived. Neighbouring stages on one rank hand their tensors over without communication. A backward may
+run in two halves: the first fills the stage's queue of weight gradients (`kernels/weight_queue.py`), the second computes
+them. Between runs the executor is empty: no activation, gradient or message outlives a run.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+# torch.autograd imports this, and sympy with it, at the first backward that is given gradients: half a second, which
+# ranks forked from a process that has imported it do not spend.
+import torch.fx.experimental.symbolic_shapes
+from torch.autograd.graph import get_gradient_edge
 
 from trilith.errors import ScheduleError
+from trilith.kernels.weight_queue import Deferred
 from trilith.pipeline.action import Action, Kind, Schedule
-from trilith.pipeline.passes import check
+from trilith.pipeline.check import check, validated_prefix
 from trilith.pipeline.stage import PipelineStage
+from trilith.pipeline.step import (
+    Kept,
+    LossSeed,
+    Microbatches,
+    Recorder,
+    Request,
+    StartAnew,
+    Step,
+    StepResult,
+    Tensors,
+)
 from trilith.pipeline.timeline import Record
 from trilith.pipeline.transport import Boundary, Channels, Inbox, Outbox, carried
-
-Recorder = list[Record]
-Tensors = dict[str, torch.Tensor]
-Key = tuple[int, int]  # (stage, microbatch)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a run gives back on the rank of the last stage; empty lists on all others.
-
-    `losses`: per microbatch, in order, a detached fp64 scalar on the rank's device (nothing was waited for on a GPU).
-    `outputs`: per microbatch what the last stage returned, in forward-only schedules.
-    """
-
-    losses: list[torch.Tensor]
-    outputs: list[Tensors]
-
-    def loss(self) -> float:
-        """The sum of the losses, added in microbatch order in fp64; 0 without losses. Waits for the device once."""
-        total = 0.0
-        for value in torch.stack(self.losses).tolist() if self.losses else ():
-            total += value
-        return total
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What a forward leaves for its backward. Edges, not outputs: an output's memory is free once it is sent."""
-
-    inputs: Tensors
-    edges: dict[str, GradientEdge]
-    loss: torch.Tensor | None
-
-
-@dataclass
-class _Step:
-    """The state of one run."""
-
-    microbatches: Sequence[Any]
-    boundary: Boundary
-    loss_seed: torch.Tensor | float
-    inbox: Inbox
-    outbox: Outbox
-    kept: dict[Key, _Kept] = field(default_factory=dict)
-    outgoing: dict[tuple[Kind, int, int], Tensors] = field(default_factory=dict)  # made, its send comes next
-    handed: dict[tuple[Kind, int, int], Tensors] = field(default_factory=dict)  # for a stage on the same rank
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    outputs: dict[int, Tensors] = field(default_factory=dict)
 
 
 class Executor:
     """Runs the actions of one pipeline rank, step after step.
 
     `schedule` must be complete (`passes.complete`); it is checked here once more. `stages` are all the stages of one
-    pipeline rank, by index. `recorder`, where given, collects a `Record` of every computation and reduction, timed with
-    a monotonic clock on the host: on a GPU these are the times of launching, not of running.
+    pipeline rank, by index. `on_wait`, where it is set, is called with `position()` whenever the rank begins to wait for
+    a message that has not arrived.
 
-    Raises ScheduleError where the schedule does not pass `check`, or splits or overlaps backwards.
+    Raises ScheduleError where the schedule does not pass `check`.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        stages: Mapping[int, PipelineStage],
-        channels: Channels,
-        recorder: Recorder | None = None,
-    ) -> None:
+    def __init__(self, schedule: Schedule, stages: Mapping[int, PipelineStage], channels: Channels) -> None:
         self._table: Mapping[Kind, Callable[[Action], None]] = MappingProxyType(
             {
                 Kind.FORWARD: self._forward,
                 Kind.BACKWARD: self._backward,
+                Kind.BACKWARD_INPUT: self._backward_input,
+                Kind.BACKWARD_WEIGHT: self._backward_weight,
+                Kind.OVERLAPPED: self._overlapped,
                 Kind.SEND_FORWARD: self._send,
                 Kind.SEND_BACKWARD: self._send,
                 Kind.RECEIVE_FORWARD: self._receive,
                 Kind.RECEIVE_BACKWARD: self._receive,
-                Kind.GATHER: lambda action: self._stages[action.stage].parameters.gather(),
-                Kind.RELEASE: lambda action: self._stages[action.stage].parameters.release(),
-                Kind.REDUCE: self._reduce,
-                Kind.TIE_REDUCE: self._tie_reduce,
+                Kind.GATHER: self._ask_parameters,
+                Kind.RELEASE: self._ask_parameters,
+                Kind.REDUCE: self._ask_parameters,
+                Kind.TIE_REDUCE: self._ask_parameters,
+                Kind.UPDATE: self._ask_parameters,
+                Kind.VALIDATE: self._validate,
             }
         )
         check(schedule)
         self._schedule = schedule
         self._stages = dict(stages)
         self._channels = channels
-        self._recorder = recorder
         self._rank = schedule.placement[min(self._stages)]
         self._actions = schedule.actions[self._rank]
         self._trains = not schedule.is_forward_only
-        self._step: _Step | None = None
+        self._validates = any(action.kind is Kind.VALIDATE for action in self._actions)
+        self._stale = {source: n for (source, to), n in validated_prefix(schedule).items() if to == self._rank}
+        self._step: Step | None = None
         self._current: Action | None = None
         self._waits_for: Action | None = None
-        self._check_stages()
-
-    def _check_stages(self) -> None:
-        for action in self._actions:
-            if action.kind not in self._table:
-                raise ScheduleError(
-                    f"schedule {self._schedule.name}: rank {self._rank}: {action.describe()}: this executor runs whole "
-                    "backwards only, neither split nor overlapped. Use gpipe, 1f1b or interleaved_1f1b"
-                )
-        assert tuple(sorted(self._stages)) == self._schedule.stages_of(self._rank), sorted(self._stages)
+        self.on_wait: Callable[[str], None] | None = None
+        assert tuple(sorted(self._stages)) == schedule.stages_of(self._rank), sorted(self._stages)
         for index, stage in self._stages.items():
-            ends = (index == 0, index == self._schedule.num_stages - 1)
+            ends = (index == 0, index == schedule.num_stages - 1)
             assert (stage.index, stage.is_first, stage.is_last) == (index, *ends), stage
+        # Gradients end where nothing before trains: a stage's inputs need none there, or it has no backward at all.
+        self._first_trained = schedule.first_trained if self._trains else schedule.num_stages
 
     def position(self) -> str:
         """What the rank is doing, in words, for error reports: the action, and the message it waits for.
@@ -141,78 +102,132 @@ class Executor:
             text += f", waiting for {waits_for.describe()} from pipeline rank {waits_for.peer}"
         return text
 
+    # -------------------------------------------------------------------------------------------------------- a run
+
     def run(
         self,
-        microbatches: Sequence[Any],
-        boundary: Boundary,
-        loss_seed: torch.Tensor | float = 1.0,
+        microbatches: Microbatches,
+        boundary: Boundary | Sequence[Boundary],
+        loss_seed: LossSeed = 1.0,
+        *,
+        validate: Callable[[], bool] | None = None,
+        recorder: Recorder | None = None,
     ) -> StepResult:
         """Run all actions of this rank once; every rank of the pipeline must call it with the same counts and shapes.
 
         `microbatches[m]` is handed to every stage's module. `boundary` gives name, local shape and dtype of the tensors
-        between stages; those of floating dtype get gradients. `loss_seed` is the gradient of the loss (the loss scale).
-        Gradients are left to the modules' parameters. A forward-only schedule runs without gradients.
+        between stages; those of floating dtype get gradients. A sequence gives one for each stage but the last: what
+        it hands to the next. `loss_seed` is the gradient of the loss (the loss scale), or a function of the microbatch
+        that is asked for it when its backward begins. Gradients are left to the modules' parameters. A forward-only
+        schedule runs without gradients. `recorder` collects a `Record` of every action but sends and receives, timed
+        with a monotonic clock on the host: on a GPU these are the times of launching, not of running.
+
+        `validate` is called at the schedule's VALIDATE; where it returns False, the weights of this step were wrong and
+        have been corrected: what was computed is thrown away and the step begins anew. On all ranks or on none.
 
         An exception inside carries a note that names rank, action, stage and microbatch; `position` still tells it.
         """
+        self.begin(microbatches, boundary, loss_seed, validate=validate, recorder=recorder)
+        try:
+            self.advance()
+        except StartAnew:
+            self._throw_away()
+            self.begin(microbatches, boundary, loss_seed, recorder=recorder)
+            self.advance()
+        return self.end()
+
+    def begin(
+        self,
+        microbatches: Microbatches,
+        boundary: Boundary | Sequence[Boundary],
+        loss_seed: LossSeed = 1.0,
+        *,
+        validate: Callable[[], bool] | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Begin a run that `advance` carries on, in parts, and `end` ends; the arguments are those of `run`."""
         if self._step is not None:
             raise ScheduleError(
                 f"the run before broke off in {self.position()}; its messages may still be under way. Start the ranks "
                 "anew"
             )
-        assert len(microbatches) == self._schedule.num_microbatches, (
-            len(microbatches),
-            self._schedule.num_microbatches,
-        )
-        inbox = Inbox(self._channels, self._actions, boundary)
-        step = self._step = _Step(microbatches, boundary, loss_seed, inbox, Outbox(self._channels))
+        between = self._schedule.num_stages - 1
+        boundaries = [boundary] * between if isinstance(boundary, Mapping) else list(boundary)
+        assert len(boundaries) == between, (len(boundaries), between)
+        assert validate is None or self._validates, "a schedule without VALIDATE cannot be thrown away"
+        request = Request(microbatches, boundaries, loss_seed, validate, recorder)
+        inbox = Inbox(self._channels, self._actions, boundaries, self._stale if validate is not None else None)
+        self._step = Step(request, inbox, Outbox(self._channels))
+
+    def advance(self, stop: int | None = None) -> None:
+        """Run the rank's actions from where it stands up to index `stop` (None: to the last)."""
+        step = self._now
+        stop = len(self._actions) if stop is None else stop
         try:
             with torch.set_grad_enabled(self._trains):
-                for action in self._actions:
-                    self._current = action
+                while step.next_action < stop:
+                    action = self._current = self._actions[step.next_action]
                     self._table[action.kind](action)
-                step.outbox.drain()
+                    step.next_action += 1
+        except StartAnew:
+            raise
         except Exception as error:
             error.add_note(f"on pipeline rank {self._rank}, in {self.position()}")
             raise
-        self._assert_empty(step)
+
+    def end(self) -> StepResult:
+        """End a run whose actions are all done: wait for its sends, and give back losses and outputs."""
+        step = self._now
+        assert step.next_action == len(self._actions), self.position()
+        step.outbox.drain()
+        step.assert_empty()
         self._step = self._current = None
         return StepResult(
             losses=[step.losses[m] for m in sorted(step.losses)],
             outputs=[step.outputs[m] for m in sorted(step.outputs)],
         )
 
-    @staticmethod
-    def _assert_empty(step: _Step) -> None:
-        left = {"kept": [*step.kept], "outgoing": [*step.outgoing], "handed": [*step.handed]}
-        assert not any(left.values()), left
-        assert step.inbox.is_empty and step.outbox.is_empty
+    @property
+    def losses(self) -> Mapping[int, torch.Tensor]:
+        """The losses of the run under way, by microbatch, on the rank of the last stage."""
+        return MappingProxyType(self._now.losses)
+
+    def _throw_away(self) -> None:
+        """Forget the run under way, up to VALIDATE: take in what was sent for it, drop everything."""
+        step = self._now
+        step.inbox.discard(self._stale)
+        step.outbox.drain()
+        self._step = self._current = None
 
     # ------------------------------------------------------------------------------------------------- computations
 
     def _forward(self, action: Action) -> None:
         step, stage, at = self._now, self._stages[action.stage], (action.stage, action.microbatch)
         inputs = {} if stage.is_first else self._take(Kind.RECEIVE_FORWARD, action)
-        if self._trains:
+        start_s = time.perf_counter()
+        backward, before = self._first_trained <= action.stage, self._first_trained < action.stage
+        stage.parameters.begin_forward(action.microbatch)
+        if before:
             for tensor in inputs.values():
                 tensor.requires_grad_(tensor.is_floating_point())
-        start_s = time.perf_counter()
-        outputs = stage.module(inputs, step.microbatches[action.microbatch])
+        with torch.set_grad_enabled(backward):
+            outputs = stage.module(inputs, step.request.microbatches[action.microbatch])
         self._record(action, start_s)
         if stage.is_last:
             loss = self._finish(action, outputs)
-            if self._trains:
-                step.kept[at] = _Kept(inputs, {}, loss)
+            if backward:
+                step.kept[at] = Kept(inputs, {}, loss)
             return
-        self._check_outputs(action, outputs)
-        if self._trains:
+        boundary = step.request.boundaries[action.stage]
+        self._check_outputs(action, outputs, boundary)
+        if backward:
             edges = {
                 name: get_gradient_edge(tensor)
                 for name, tensor in outputs.items()
-                if tensor.requires_grad and name in carried(Kind.SEND_BACKWARD, step.boundary)
+                if tensor.requires_grad and name in carried(Kind.SEND_BACKWARD, boundary)
             }
-            step.kept[at] = _Kept(inputs, edges, None)
-        self._pass_on(Kind.SEND_FORWARD, action, {name: outputs[name].detach() for name in step.boundary})
+            step.kept[at] = Kept(inputs, edges, None)
+        self._pass_on(Kind.SEND_FORWARD, action, {name: outputs[name].detach() for name in boundary})
 
     def _finish(self, action: Action, outputs: Tensors) -> torch.Tensor | None:
         """Collect what the last stage returned; the loss, with its graph, where there is one."""
@@ -228,9 +243,9 @@ class Executor:
             )
         return loss
 
-    def _check_outputs(self, action: Action, outputs: Tensors) -> None:
+    def _check_outputs(self, action: Action, outputs: Tensors, boundary: Boundary) -> None:
         """Shapes were agreed before the step: a stage that returns others would leave its neighbour waiting."""
-        expected = {name: (tuple(shape), dtype) for name, (shape, dtype) in self._now.boundary.items()}
+        expected = {name: (tuple(shape), dtype) for name, (shape, dtype) in boundary.items()}
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in outputs.items()}
         if found != expected:
             raise ScheduleError(
@@ -238,37 +253,100 @@ class Executor:
             )
 
     def _backward(self, action: Action) -> None:
+        """A whole backward. Where the stage has a queue, both halves one after the other."""
+        start_s, queue = self._differentiate(action, final=self._is_final(action)), self._stages[action.stage].queue
+        if queue is not None:
+            self._compute_weights(action, queue.take())
+        self._record(action, start_s)
+        self._return_gradients(action)
+
+    def _backward_input(self, action: Action) -> None:
+        start_s, queue = self._differentiate(action, final=False), self._stages[action.stage].queue
+        if action.stage not in self._schedule.frozen:
+            self._now.deferred[action.stage, action.microbatch] = [] if queue is None else queue.take()
+        self._record(action, start_s)
+        self._return_gradients(action)
+
+    def _backward_weight(self, action: Action) -> None:
+        start_s = time.perf_counter()
+        self._compute_weights(action, self._now.deferred.pop((action.stage, action.microbatch)))
+        self._record(action, start_s)
+
+    def _overlapped(self, action: Action) -> None:
+        """A forward and a backward as one action: one after the other, their messages under way meanwhile."""
+        for part in action.parts():
+            self._table[part.kind](part)
+
+    def _differentiate(self, action: Action, final: bool) -> float:
+        """Autograd's part of a backward; returns when it began. The gradients of the inputs lie in their `.grad`."""
         step, stage = self._now, self._stages[action.stage]
-        kept = step.kept.pop((action.stage, action.microbatch))
+        kept = step.kept[action.stage, action.microbatch]
         gradients = {} if stage.is_last else self._take(Kind.RECEIVE_BACKWARD, action)
         start_s = time.perf_counter()
-        stage.parameters.begin_backward(final=action.microbatch == self._schedule.num_microbatches - 1)
+        stage.parameters.begin_backward(action.microbatch, final and stage.queue is None)
         if kept.loss is not None:
             if kept.loss.requires_grad:
-                torch.autograd.backward([kept.loss], [self._seed(kept.loss)])
+                torch.autograd.backward([kept.loss], [self._seed(kept.loss, action.microbatch)])
         elif kept.edges:
             torch.autograd.backward(list(kept.edges.values()), [gradients[name] for name in kept.edges])
-        self._record(action, start_s)
-        if not stage.is_first:
-            names = carried(Kind.SEND_BACKWARD, step.boundary)
+        return start_s
+
+    def _compute_weights(self, action: Action, deferred: list[Deferred]) -> None:
+        """The second half of a backward, first in first out; each product's tensors are let go when it is done."""
+        parameters = self._stages[action.stage].parameters
+        parameters.begin_weight_gradients([item.weight for item in deferred], self._is_final(action))
+        deferred.reverse()
+        with torch.no_grad():
+            while deferred:
+                item = deferred.pop()
+                parameters.accumulate(item.weight, item.gradient())
+
+    def _is_final(self, action: Action) -> bool:
+        """Whether a microbatch is the last of its update."""
+        of_update = self._schedule.update_every or self._schedule.num_microbatches
+        return action.microbatch % of_update == of_update - 1
+
+    def _return_gradients(self, action: Action) -> None:
+        """Hand the gradients of a stage's inputs to the stage before, if something there trains."""
+        kept = self._now.kept.pop((action.stage, action.microbatch))
+        if self._first_trained < action.stage:
+            names = carried(Kind.SEND_BACKWARD, self._now.request.boundaries[action.stage - 1])
             self._pass_on(Kind.SEND_BACKWARD, action, {name: _take_grad(kept.inputs[name]) for name in names})
 
-    def _seed(self, loss: torch.Tensor) -> torch.Tensor:
+    def _seed(self, loss: torch.Tensor, microbatch: int) -> torch.Tensor:
         """The gradient of the loss, in its shape, dtype and device."""
-        seed = self._now.loss_seed
+        seed = self._now.request.loss_seed
+        if callable(seed):
+            seed = seed(microbatch)
         if isinstance(seed, torch.Tensor):
             return seed.detach().to(loss).reshape(loss.shape)
         return torch.full_like(loss, seed, requires_grad=False)
 
-    def _reduce(self, action: Action) -> None:
-        start_s = time.perf_counter()
-        self._stages[action.stage].parameters.reduce()
+    def _ask_parameters(self, action: Action) -> None:
+        start_s, parameters = time.perf_counter(), self._stages[action.stage].parameters
+        if action.kind is Kind.GATHER:
+            parameters.gather()
+        elif action.kind is Kind.RELEASE:
+            parameters.release()
+        elif action.kind is Kind.REDUCE:
+            parameters.reduce(action.microbatch)
+        elif action.kind is Kind.TIE_REDUCE:
+            parameters.tie_reduce(action.microbatch)
+        else:
+            parameters.update(action.microbatch)
         self._record(action, start_s)
 
-    def _tie_reduce(self, action: Action) -> None:
+    def _validate(self, action: Action) -> None:
+        """Learn whether the weights of this step were right, before any gradient is added to those of the one before."""
+        validate = self._now.request.validate
+        if validate is None:
+            return
         start_s = time.perf_counter()
-        self._stages[action.stage].parameters.tie_reduce()
+        is_right = validate()
         self._record(action, start_s)
+        if not is_right:
+            raise StartAnew
+        self._now.inbox.lift_limit()
 
     # ---------------------------------------------------------------------------------------------------- messages
 
@@ -295,21 +373,23 @@ class Executor:
         if neighbour in self._stages:
             made_by = Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD
             return self._now.handed.pop((made_by, action.stage, action.microbatch))
-        peer = self._schedule.placement[neighbour]
-        self._waits_for = Action(kind, action.stage, action.microbatch, peer)
-        tensors = self._now.inbox.take(self._waits_for)
+        receive = Action(kind, action.stage, action.microbatch, self._schedule.placement[neighbour])
+        self._waits_for = receive
+        if self.on_wait is not None and not self._now.inbox.has_arrived(receive):
+            self.on_wait(self.position())
+        tensors = self._now.inbox.take(receive)
         self._waits_for = None
         return tensors
 
     @property
-    def _now(self) -> _Step:
+    def _now(self) -> Step:
         assert self._step is not None
         return self._step
 
     def _record(self, action: Action, start_s: float) -> None:
-        if self._recorder is not None:
-            record = Record(action.kind, action.stage, action.microbatch, start_s, time.perf_counter())
-            self._recorder.append(record)
+        recorder = self._now.request.recorder
+        if recorder is not None:
+            recorder.append(Record(action.kind, action.stage, action.microbatch, start_s, time.perf_counter()))
 
 
 def _take_grad(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from trilith.models.base import UnitDecl
 
 StageRange = tuple[int, int]  # [lo, hi) of a stage's units
 Cuts = tuple[StageRange, ...]
-MODES = ("cost", "uniform", "parameters")
+MODES = ("cost", "uniform", "parameters", "auto")
 PATH = "pipeline.partition"
 
 
@@ -73,6 +73,16 @@ def partition_units(costs: Sequence[float], num_stages: int, is_layer: Sequence[
     return tuple(cuts)
 
 
+def num_layers_of(units: Sequence[UnitDecl], cuts: Cuts) -> tuple[int, ...]:
+    """The number of layers of each stage: cuts as `pipeline.partition` lists them."""
+    return tuple(num_layers_in(units[lo:hi]) for lo, hi in cuts)
+
+
+def num_layers_in(units: Sequence[UnitDecl]) -> int:
+    """How many of the units are layers."""
+    return sum(map(_is_layer, units))
+
+
 def layers_per_stage(num_layers: int, num_stages: int) -> list[int]:
     """Layers dealt evenly; where they do not divide, the first stages get one more."""
     size, extra = divmod(num_layers, num_stages)
@@ -114,7 +124,7 @@ def partition_problems(num_layers: int, num_stages: int, mode: str | Sequence[in
 
 
 def unit_costs(units: Sequence[UnitDecl], mode: str) -> list[float]:
-    """What a unit weighs: its forward FLOPs a token (`cost`; attention counted causal) or its parameters.
+    """What a unit weighs: its forward FLOPs a token (attention counted causal), or with `parameters` their number.
 
     Parameters count tied copies, too: each stage holds its own. All other work of a step is taken in proportion.
     """
@@ -123,18 +133,25 @@ def unit_costs(units: Sequence[UnitDecl], mode: str) -> list[float]:
     return [unit.matmul_flops + 0.5 * unit.attention_flops for unit in units]
 
 
-def partition(units: Sequence[UnitDecl], num_stages: int, mode: str | Sequence[int]) -> Cuts:
+def partition(
+    units: Sequence[UnitDecl],
+    num_stages: int,
+    mode: str | Sequence[int],
+    measured: Sequence[float] | None = None,
+) -> Cuts:
     """Per stage the range [lo, hi) of `units` (`embedding`, `layers.0` ... `layers.L-1`, `head`).
 
-    `mode`: `cost` (smallest largest FLOPs of a stage), `parameters`, `uniform` (layers dealt evenly), or the number of
-    layers of each stage. Raises ConfigError with every rule broken.
+    `mode`: `cost` (smallest largest FLOPs of a stage), `auto` (the same of the `measured` costs of the units, or of FLOPs
+    without them), `parameters`, `uniform` (layers dealt evenly), or the number of layers of each stage. Raises
+    ConfigError with every rule broken.
     """
     is_layer = [_is_layer(unit) for unit in units]
     problems = partition_problems(sum(is_layer), num_stages, mode)
     if problems:
         raise ConfigError(problems)
     if isinstance(mode, str) and mode != "uniform":
-        cuts = partition_units(unit_costs(units, mode), num_stages, is_layer)
+        costs = measured if mode == "auto" and measured is not None else unit_costs(units, mode)
+        cuts = partition_units(costs, num_stages, is_layer)
     else:
         counts = layers_per_stage(sum(is_layer), num_stages) if isinstance(mode, str) else list(mode)
         first = is_layer.index(True)

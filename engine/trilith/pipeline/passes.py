@@ -1,68 +1,106 @@
-"""Passes over schedules: insert communication and reductions, and prove a schedule before it runs. No torch.
+"""Passes over schedules: freeze stages, insert communication, reductions and validation. No torch.
 
-`check` proves three things of a completed schedule, for any speed of any rank:
-
-- every action is there exactly once and in an order that its dependencies allow, weight gradients in microbatch order;
-- messages match in order: a channel is a directed pair of pipeline ranks with a communicator of its own, and its n-th
-  send is its n-th receive (activations and gradients may share a channel);
-- no deadlock, neither where sends are buffered (eager) nor where a send and its receive hold both ranks until they have
-  met, one operation at a time (blocking).
-
-The executor sits between the last two: it posts receives ahead and keeps a bounded number of sends in flight. Every
-bound is a relaxation of blocking, and more room never makes a deadlock, so what passes here cannot hang there.
+A generator, or a file, gives computations; `complete` makes of them what the executor runs, and `check.check` proves it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import NoReturn
 
 from trilith.errors import ScheduleError
 from trilith.pipeline.action import (
     COMPUTE,
-    NO_MICROBATCH,
+    INPUT_GRADIENT,
+    MESSAGES,
+    PER_UPDATE,
     RECEIVES,
     SENDS,
-    STAGE_WIDE,
     WEIGHT_GRADIENT,
     Action,
     Kind,
     Schedule,
-    Token,
-    consumer,
     gives,
-    needs,
+    overlapped,
 )
-from trilith.pipeline.simulate import Costs, Stuck, action_times, stuck_error
+from trilith.pipeline.check import check_placement, transfer
+from trilith.pipeline.simulate import Costs, action_times
 
-Message = tuple[Kind, int, int]  # (FORWARD | BACKWARD, stage that made it, microbatch)
-_OTHER_END = MappingProxyType(
-    {
-        Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD,
-        Kind.RECEIVE_FORWARD: Kind.SEND_FORWARD,
-        Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD,
-        Kind.RECEIVE_BACKWARD: Kind.SEND_BACKWARD,
-    }
-)
+Row = Sequence[Action]
 
 
-# ------------------------------------------------------------------------------------------------------------ inserting
+def complete(schedule: Schedule, *, validate: bool = False) -> Schedule:
+    """The schedule as the executor runs it: with communication, reductions and, for `validate`, a VALIDATE per rank.
+
+    What a schedule already has is taken as it is: only where it has no messages at all are they inserted, and so for
+    reductions and VALIDATE; completing twice changes nothing. Ties and updates are the schedule's own, and so are frozen
+    stages: where it still has what they do not need, `freeze` takes it out.
+
+    Raises ScheduleError where the computations cannot run to their end, nothing trains, or there is nothing to validate.
+    """
+    check_placement(schedule)
+    if schedule.frozen:
+        schedule = freeze(schedule, ())
+    elif not _has(schedule, MESSAGES):
+        schedule = insert_communication(schedule)
+    if not _has(schedule, PER_UPDATE):
+        schedule = insert_reductions(schedule)
+    if validate and not _has(schedule, frozenset((Kind.VALIDATE,))):
+        schedule = insert_validation(schedule)
+    return schedule
 
 
-def _transfer(schedule: Schedule, rank: int, token: Token) -> tuple[Action, int, Action] | None:
-    """(send on `rank`, receiving rank, receive) of a token, or None where its reader is on the same rank or absent."""
-    kind, stage, microbatch = token
-    reader = consumer(token, schedule.num_stages)
-    if reader is None or schedule.placement[reader] == rank:
-        return None
-    peer = schedule.placement[reader]
-    if kind is Kind.FORWARD:
-        kinds = (Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
-    else:
-        kinds = (Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD)
-    return Action(kinds[0], stage, microbatch, peer), peer, Action(kinds[1], reader, microbatch, rank)
+def _has(schedule: Schedule, kinds: frozenset[Kind]) -> bool:
+    return any(action.kind in kinds for actions in schedule.actions for action in actions)
+
+
+def freeze(schedule: Schedule, frozen: Iterable[int]) -> Schedule:
+    """The schedule for stages of which some (`frozen`) have no trainable parameters, with its communication.
+
+    These have no weight gradients, reductions or updates, and only the input-gradient half of their backwards; none at
+    all where nothing before them trains. A stage that trains, with none before it that does, keeps both halves of its
+    backward but sends no gradients. What is left keeps the order that it had: messages are inserted before anything is
+    taken out, so a rank that lost its backwards is not asked for its forwards earlier than its neighbours use them.
+
+    Raises ScheduleError where the schedule trains and no stage has anything to train.
+    """
+    schedule = replace(schedule, frozen=schedule.frozen.union(frozen))
+    check_placement(schedule)
+    if not schedule.frozen:
+        return schedule
+    if schedule.first_trained == schedule.num_stages and not schedule.is_forward_only:
+        raise ScheduleError(
+            f"schedule {schedule.name}: nothing trains: none of its {schedule.num_stages} stages has trainable "
+            "parameters. Unfreeze some, or evaluate instead"
+        )
+    if not _has(schedule, MESSAGES):
+        schedule = replace(insert_communication(replace(schedule, frozen=frozenset())), frozen=schedule.frozen)
+    shared = frozenset().union(*schedule.shared_ties)
+    rows = []
+    for actions in schedule.actions:
+        kept = (_frozen(schedule, shared, action) for action in actions)
+        rows.append(tuple(action for action in kept if action is not None))
+    return replace(schedule, actions=tuple(rows))
+
+
+def _frozen(schedule: Schedule, shared: frozenset[int], action: Action) -> Action | None:
+    """What is left of an action among frozen stages; `shared` are the stages that still sum tied weights over ranks."""
+    kind, stage, first = action.kind, action.stage, schedule.first_trained
+    if action.pair is not None:
+        forward, backward = action.pair[0], _frozen(schedule, shared, action.pair[1])
+        return forward if backward is None else overlapped(forward, backward)
+    if kind in INPUT_GRADIENT:
+        if stage < first:
+            return None
+        return replace(action, kind=Kind.BACKWARD_INPUT) if stage in schedule.frozen else action
+    needless = (
+        (kind is Kind.SEND_BACKWARD and stage <= first)
+        or (kind is Kind.RECEIVE_BACKWARD and stage < first)
+        or (kind in (Kind.BACKWARD_WEIGHT, Kind.REDUCE, Kind.UPDATE) and stage in schedule.frozen)
+        or (kind is Kind.TIE_REDUCE and stage not in shared)
+    )
+    return None if needless else action
 
 
 def insert_communication(schedule: Schedule) -> Schedule:
@@ -71,331 +109,141 @@ def insert_communication(schedule: Schedule) -> Schedule:
     All computations are laid out on one time axis (by simulation with equal stages). A message takes the moment at
     which it is made, on both sides: the send follows its computation, the receive goes before the first computation of
     its rank that starts at or after that moment. So all actions have one global order that every rank keeps to, which
-    is why the result cannot deadlock even with blocking sends, and why messages of a channel match in order.
+    is why the result cannot deadlock even with blocking sends, and why messages of a channel match in order. Other
+    actions stay behind the computation that they follow, and its sends.
 
     Raises ScheduleError where the computations cannot run to their end in the given order.
     """
-    events: list[list[tuple[tuple[float, int, str, int, int], Action]]] = [[] for _ in schedule.actions]
-    for rank, row in enumerate(action_times(schedule, Costs.uniform(schedule.num_stages))):
-        for action, start, end in row:
-            events[rank].append(((start, 1, action.kind, action.stage, action.microbatch), action))
+    # At one moment: messages, the same way on both sides, then what follows a computation, then the next computation.
+    events: list[list[tuple[tuple, Action]]] = [[] for _ in schedule.actions]
+    times = action_times(schedule, Costs.uniform(schedule.num_stages))
+    for rank, actions in enumerate(schedule.actions):
+        row, now = iter(times[rank]), 0.0
+        for action in actions:
+            if action.kind not in COMPUTE:
+                events[rank].append(((now, 1), action))
+                continue
+            _, start, now = next(row)
+            events[rank].append(((start, 2), action))
             for token in gives(action):
-                transfer = _transfer(schedule, rank, token)
-                if transfer is not None:
-                    send, peer, receive = transfer
-                    moment = (end, 0, *token)
-                    events[rank].append((moment, send))
-                    events[peer].append((moment, receive))
+                message = transfer(schedule, token)
+                if message is not None:
+                    send, receive = message
+                    assert send.peer is not None
+                    events[rank].append(((now, 0, *token), send))
+                    events[send.peer].append(((now, 0, *token), receive))
     for row_of_events in events:
         row_of_events.sort(key=lambda event: event[0])
     return replace(schedule, actions=tuple(tuple(action for _, action in row) for row in events))
 
 
-def insert_reduce(schedule: Schedule, ties: bool = False) -> Schedule:
-    """Add the reduction of each stage's gradients after its last backward, and with `ties` the sum of tied weights.
+def insert_reductions(schedule: Schedule) -> Schedule:
+    """Add, for every update, the reduction of each stage's gradients and the sums of weights tied over ranks.
 
-    A reduction goes after the sends that follow the last backward, so that it does not hold up the rank before. Tied
-    weights (the embedding on the first stage, the output layer on the last) are summed at the end, where the two stages
-    lie on different ranks. A forward-only schedule has nothing to reduce.
+    A reduction goes after the last weight gradient of its update and the sends that follow, so that it does not hold up
+    the rank before; an UPDATE in the schedule comes after it. Tied weights are summed once all stages of the rank are
+    reduced. Nothing is inserted for frozen stages, and nothing into a forward-only schedule.
     """
-    if schedule.is_forward_only:
-        return schedule
-    rows = [list(actions) for actions in schedule.actions]
-    for row in rows:
-        last: dict[int, int] = {}
-        for index, action in enumerate(row):
-            for part in action.parts():
-                if part.kind in WEIGHT_GRADIENT:
-                    last[part.stage] = index
-        for stage, index in sorted(last.items(), key=lambda item: item[1], reverse=True):
-            while index + 1 < len(row) and row[index + 1].kind in SENDS:
-                index += 1
-            row.insert(index + 1, Action(Kind.REDUCE, stage))
-    ends = _tied_stages(schedule)
-    if ties and ends:
-        for stage in ends:
-            rows[schedule.placement[stage]].append(Action(Kind.TIE_REDUCE, stage))
-    return replace(schedule, actions=tuple(tuple(row) for row in rows))
+    shared = set().union(*schedule.shared_ties)
+    rows = []
+    for rank, actions in enumerate(schedule.actions):
+        after = _reductions(schedule, actions, sorted(shared.intersection(schedule.stages_of(rank))))
+        row: list[Action] = []
+        for index, action in enumerate(actions):
+            row += (action, *after.get(index, ()))
+        rows.append(tuple(row))
+    return replace(schedule, actions=tuple(rows))
 
 
-def _tied_stages(schedule: Schedule) -> tuple[int, ...]:
-    """The first and last stage where they lie on different ranks, else nothing."""
-    crosses = schedule.placement[0] != schedule.placement[-1]
-    return (0, schedule.num_stages - 1) if crosses else ()
+def _reductions(schedule: Schedule, actions: Row, shared: Sequence[int]) -> dict[int, list[Action]]:
+    """Index in a rank's actions -> the reductions that go behind it."""
+    last: dict[tuple[int, int], int] = {}  # (update, stage) -> where its last weight gradient is
+    for index, action in enumerate(actions):
+        for part in action.parts():
+            if part.kind in WEIGHT_GRADIENT:
+                last[schedule.update_of(part.microbatch), part.stage] = index
+    after: dict[int, list[Action]] = defaultdict(list)
+    all_reduced: dict[int, int] = {}  # update -> where the last stage of the rank is reduced
+    for (update, stage), index in sorted(last.items(), key=lambda item: item[1]):
+        index = _last_send_after(actions, index)
+        after[index].append(Action(Kind.REDUCE, stage, update))
+        all_reduced[update] = index
+    for update, index in all_reduced.items():
+        after[index] += [Action(Kind.TIE_REDUCE, stage, update) for stage in shared]
+    return after
 
 
-def complete(schedule: Schedule, *, ties: bool = False) -> Schedule:
-    """The schedule as the executor runs it: with communication, reductions and, for `ties`, the sum of tied weights."""
-    return insert_reduce(insert_communication(schedule), ties)
+def _last_send_after(actions: Row, index: int) -> int:
+    """Where the last send stands that follows a computation before the next one; the computation, if there is none."""
+    last = index
+    for at in range(index + 1, len(actions)):
+        if actions[at].kind in SENDS:
+            last = at
+        elif actions[at].kind not in RECEIVES:
+            break
+    return last
 
 
-# ------------------------------------------------------------------------------------------------------------- checking
+def insert_validation(schedule: Schedule) -> Schedule:
+    """Add a VALIDATE to each rank: as late as can be, before any gradient, where the step can still be thrown away.
 
+    Before it lies what follows from no backward, neither on the rank nor through a message: a rank that has taken such
+    a message would have seen part of a step that its sender does not throw away. A rank without backward validates as
+    soon as those that have one have from it what they take before they do: so little is under way to throw away.
 
-def check(schedule: Schedule) -> None:
-    """Prove that a completed schedule computes every gradient once and can always run to its end (see the module).
-
-    Raises ScheduleError naming the first action that is wrong or cannot run, and what it waits for.
+    Takes a schedule with communication. Raises ScheduleError where it has no backward, or updates of its own.
     """
-    _check_placement(schedule)
-    _check_inventory(schedule)
-    _check_order(schedule)
-    _check_channels(schedule)
-    _play(schedule, blocking=False)
-    _play(schedule, blocking=True)
+    if schedule.is_forward_only or schedule.update_every:
+        what = "computes no gradient" if schedule.is_forward_only else "is asynchronous"
+        raise ScheduleError(f"schedule {schedule.name} {what}: there is no step before it to validate")
+    first = [_first_backward(actions) for actions in schedule.actions]
+    cuts = [len(actions) if at is None else at for at, actions in zip(first, schedule.actions, strict=True)]
+    messages = _messages(schedule)
+    _move_cuts(messages, cuts, back=True)
+    if None in first:
+        cuts = [0 if at is None else cut for at, cut in zip(first, cuts, strict=True)]
+        _move_cuts(messages, cuts, back=False)
+    rows = []
+    for rank, (actions, cut) in enumerate(zip(schedule.actions, cuts, strict=True)):
+        rows.append((*actions[:cut], Action(Kind.VALIDATE, min(schedule.stages_of(rank))), *actions[cut:]))
+    return replace(schedule, actions=tuple(rows))
 
 
-def _refuse(schedule: Schedule, text: str) -> NoReturn:
-    raise ScheduleError(f"schedule {schedule.name}: {text}")
+def _first_backward(actions: Row) -> int | None:
+    """The index of a rank's first backward of any kind."""
+    backward = INPUT_GRADIENT | WEIGHT_GRADIENT
+    return next((i for i, action in enumerate(actions) if any(p.kind in backward for p in action.parts())), None)
 
 
-def _check_placement(schedule: Schedule) -> None:
-    """Shapes fit, and every action stands on the rank of its stage."""
-    if len(schedule.placement) != schedule.num_stages or len(schedule.actions) != schedule.num_ranks:
-        _refuse(
-            schedule,
-            f"{len(schedule.placement)} placed stages and {len(schedule.actions)} lists of actions do not fit "
-            f"{schedule.num_stages} stages on {schedule.num_ranks} ranks",
-        )
-    for stage, rank in enumerate(schedule.placement):
-        if not 0 <= rank < schedule.num_ranks:
-            _refuse(schedule, f"stage {stage} is placed on rank {rank}, ranks are 0..{schedule.num_ranks - 1}")
-    for rank, action in schedule.parts():
-        if not 0 <= action.stage < schedule.num_stages:
-            _refuse(schedule, f"rank {rank}: {action.describe()}: stages are 0..{schedule.num_stages - 1}")
-        if action.kind not in STAGE_WIDE and not 0 <= action.microbatch < schedule.num_microbatches:
-            last = schedule.num_microbatches - 1
-            _refuse(schedule, f"rank {rank}: {action.describe()}: microbatches are 0..{last}")
-        owner = schedule.placement[action.stage]
-        if owner != rank:
-            _refuse(schedule, f"rank {rank}: {action.describe()}: stage {action.stage} lies on rank {owner}")
-
-
-def _expected(schedule: Schedule, present: set[Action]) -> set[Action]:
-    """Every action that must be there, but gathers, releases and the sum of tied weights, which are a choice."""
-    expected: set[Action] = set()
-    backward = not schedule.is_forward_only
-    for stage, rank in enumerate(schedule.placement):
-        if backward:
-            expected.add(Action(Kind.REDUCE, stage))
-        for m in range(schedule.num_microbatches):
-            tokens = [(Kind.FORWARD, stage, m)]
-            expected.add(Action(Kind.FORWARD, stage, m))
-            if backward:
-                tokens.append((Kind.BACKWARD, stage, m))
-                split = Action(Kind.BACKWARD_INPUT, stage, m), Action(Kind.BACKWARD_WEIGHT, stage, m)
-                if present.isdisjoint(split):
-                    expected.add(Action(Kind.BACKWARD, stage, m))
-                else:
-                    expected.update(split)
-            for token in tokens:
-                transfer = _transfer(schedule, rank, token)
-                if transfer is not None:
-                    expected.update((transfer[0], transfer[2]))
-    return expected
-
-
-def _check_inventory(schedule: Schedule) -> None:
-    """Every action exactly once, and none that nothing asks for."""
-    seen: set[Action] = set()
-    for rank, action in schedule.parts():
-        if action.kind in (Kind.GATHER, Kind.RELEASE):
-            continue
-        if action in seen:
-            _refuse(schedule, f"rank {rank}: {action.describe()} is there twice")
-        seen.add(action)
-    ties = {action for action in seen if action.kind is Kind.TIE_REDUCE}
-    if ties and ties != {Action(Kind.TIE_REDUCE, stage) for stage in _tied_stages(schedule)}:
-        first = min(ties, key=lambda action: action.stage)
-        _refuse(
-            schedule,
-            f"{first.describe()}: tied weights are summed by the ranks of the first and the last stage together, and "
-            "only where these are two ranks",
-        )
-    expected = _expected(schedule, seen)
-    by_place = {action: (schedule.placement[action.stage], str(action)) for action in seen | expected}
-    for missing in sorted(expected - seen, key=by_place.__getitem__)[:1]:
-        _refuse(schedule, f"rank {by_place[missing][0]}: {missing.describe()} is missing")
-    for extra in sorted(seen - ties - expected, key=by_place.__getitem__)[:1]:
-        _refuse(schedule, f"rank {by_place[extra][0]}: {extra.describe()} is not asked for by any stage")
-
-
-def _check_order(schedule: Schedule) -> None:
-    """Weight gradients of a stage in microbatch order, its reduction after the last, tied weights after that."""
+def _messages(schedule: Schedule) -> list[tuple[int, int, int, int]]:
+    """(sender, index of the send, receiver, index of the receive) of every message: a channel's n-th are its n-th."""
+    sends: dict[tuple[int, int], list[int]] = defaultdict(list)
+    receives: dict[tuple[int, int], list[int]] = defaultdict(list)
     for rank, actions in enumerate(schedule.actions):
-        done: dict[int, int] = defaultdict(int)
-        reduced: set[int] = set()
-        for action in actions:
-            for part in action.parts():
-                if part.kind in WEIGHT_GRADIENT:
-                    if part.microbatch != done[part.stage]:
-                        _refuse(
-                            schedule,
-                            f"rank {rank}: {part.describe()} comes before microbatch {done[part.stage]}: weight "
-                            "gradients of a stage run in microbatch order",
-                        )
-                    done[part.stage] += 1
-                elif part.kind is Kind.REDUCE:
-                    if done[part.stage] != schedule.num_microbatches:
-                        _refuse(schedule, f"rank {rank}: {part.describe()} comes before the stage's last backward")
-                    reduced.add(part.stage)
-                elif part.kind is Kind.TIE_REDUCE and part.stage not in reduced:
-                    _refuse(schedule, f"rank {rank}: {part.describe()} comes before the stage's reduce")
+        for index, action in enumerate(actions):
+            if action.kind in SENDS and action.peer is not None:
+                sends[rank, action.peer].append(index)
+            elif action.kind in RECEIVES and action.peer is not None:
+                receives[action.peer, rank].append(index)
+    return [
+        (source, sent, target, received)
+        for (source, target), indices in sends.items()
+        for sent, received in zip(indices, receives[source, target], strict=False)
+    ]
 
 
-def _message(action: Action) -> Message:
-    """Which message a send or receive carries, named by the stage that made it."""
-    if action.kind is Kind.SEND_FORWARD:
-        return (Kind.FORWARD, action.stage, action.microbatch)
-    if action.kind is Kind.RECEIVE_FORWARD:
-        return (Kind.FORWARD, action.stage - 1, action.microbatch)
-    if action.kind is Kind.SEND_BACKWARD:
-        return (Kind.BACKWARD, action.stage, action.microbatch)
-    return (Kind.BACKWARD, action.stage + 1, action.microbatch)
+def _move_cuts(messages: list[tuple[int, int, int, int]], cuts: list[int], back: bool) -> None:
+    """Move one cut per rank until no message is received before the receiver's and sent after the sender's.
 
-
-def _check_channels(schedule: Schedule) -> None:
-    """The n-th send of a channel is its n-th receive."""
-    sends: dict[tuple[int, int], list[Action]] = defaultdict(list)
-    receives: dict[tuple[int, int], list[Action]] = defaultdict(list)
-    for rank, actions in enumerate(schedule.actions):
-        for action in actions:
-            if action.peer is not None:
-                if action.kind in SENDS:
-                    sends[rank, action.peer].append(action)
+    `back`: the receiver's moves back to before it takes the message; else the sender's moves on past the send.
+    """
+    moved = True
+    while moved:
+        moved = False
+        for source, sent, target, received in messages:
+            if received < cuts[target] and sent >= cuts[source]:
+                if back:
+                    cuts[target] = received
                 else:
-                    receives[action.peer, rank].append(action)
-    for (source, target), sent in sends.items():
-        for send, receive in zip(sent, receives[source, target], strict=True):
-            if _message(send) != _message(receive):
-                _refuse(
-                    schedule,
-                    f"channel {source} to {target}: rank {target} cannot run {receive.describe()}: the next message of "
-                    f"the channel is {send.describe()}",
-                )
-
-
-class _Board:
-    """The state of a schedule being played: where each rank stands and what it holds."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        self.position = [0] * schedule.num_ranks
-        self.held: list[set[Token]] = [set() for _ in range(schedule.num_ranks)]
-        self.in_flight: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
-
-    def next(self, rank: int) -> Action | None:
-        """The action that a rank stands before; None at its end."""
-        actions = self.schedule.actions[rank]
-        return actions[self.position[rank]] if self.position[rank] < len(actions) else None
-
-    def lacks(self, rank: int, action: Action) -> Token | None:
-        """The first thing that a computation or a send needs and its rank does not hold."""
-        if action.kind in COMPUTE:
-            wanted = needs(action, self.schedule.num_stages)
-        elif action.kind in SENDS:
-            wanted = (_message(action),)
-        else:
-            return None
-        held = self.held[rank]
-        return next((token for token in wanted if token not in held), None)
-
-    def run(self, rank: int, action: Action) -> None:
-        """Do it: the rank now holds what the action gives, and stands before its next action."""
-        if action.kind in COMPUTE:
-            self.held[rank].update(gives(action))
-        elif action.kind in RECEIVES:
-            self.held[rank].add(_message(action))
-        self.position[rank] += 1
-
-
-def _play(schedule: Schedule, blocking: bool) -> None:
-    """Run the schedule on paper until all is done or nothing moves; the order of ranks does not change the outcome."""
-    board = _Board(schedule)
-    woken = deque(range(schedule.num_ranks))
-    while woken:
-        rank = woken.popleft()
-        while (action := board.next(rank)) is not None:
-            step = _step_blocking if blocking else _step_eager
-            if not step(board, rank, action, woken):
-                break
-    stuck = {}
-    for rank in range(schedule.num_ranks):
-        action = board.next(rank)
-        if action is not None:
-            stuck[rank] = _why(board, rank, action)
-    if stuck:
-        raise stuck_error(schedule, stuck, "deadlocks with blocking sends" if blocking else "cannot run to its end")
-
-
-def _step_eager(board: _Board, rank: int, action: Action, woken: deque[int]) -> bool:
-    """One action with buffered sends; False where it cannot run yet. A send wakes its receiver."""
-    if board.lacks(rank, action) is not None:
-        return False
-    if action.kind in SENDS:
-        assert action.peer is not None
-        board.in_flight[rank, action.peer].append(_message(action))
-        woken.append(action.peer)
-    elif action.kind in RECEIVES:
-        assert action.peer is not None
-        queue = board.in_flight[action.peer, rank]
-        if not queue:
-            return False
-        message = queue.popleft()
-        assert message == _message(action), "_check_channels ran before"
-    board.run(rank, action)
-    return True
-
-
-def _step_blocking(board: _Board, rank: int, action: Action, woken: deque[int]) -> bool:
-    """One action where a send, a receive and a sum of tied weights wait for the other rank to stand at its side."""
-    if board.lacks(rank, action) is not None:
-        return False
-    other = _partner(board.schedule, rank, action)
-    if other is not None:
-        peer, wanted = other
-        facing = board.next(peer)
-        if facing is None or facing.kind is not wanted or not _faces(facing, action, rank):
-            return False
-        if board.lacks(peer, facing) is not None:
-            return False
-        board.run(peer, facing)
-        woken.append(peer)
-    board.run(rank, action)
-    return True
-
-
-def _partner(schedule: Schedule, rank: int, action: Action) -> tuple[int, Kind] | None:
-    """The rank that takes part in a communication action, and what it does there; None for all other actions."""
-    if action.kind is Kind.TIE_REDUCE:
-        return next(
-            (schedule.placement[s], action.kind) for s in _tied_stages(schedule) if schedule.placement[s] != rank
-        )
-    if action.peer is None:
-        return None
-    return action.peer, _OTHER_END[action.kind]
-
-
-def _faces(facing: Action, action: Action, rank: int) -> bool:
-    """True where two ranks stand at the two ends of one message (or at the same sum of tied weights)."""
-    return facing.microbatch == NO_MICROBATCH or (facing.peer == rank and _message(facing) == _message(action))
-
-
-def _bringer(schedule: Schedule, rank: int, token: Token) -> Action:
-    """The action that brings a token to a rank: its computation, or its receive where that is on another rank."""
-    owner = schedule.placement[token[1]]
-    transfer = _transfer(schedule, owner, token) if owner != rank else None
-    return Action(*token) if transfer is None else transfer[2]
-
-
-def _why(board: _Board, rank: int, action: Action) -> Stuck:
-    """What a rank that does not move waits for."""
-    token = board.lacks(rank, action)
-    if token is not None:
-        return Stuck(action, f"{_bringer(board.schedule, rank, token).describe()}, which comes after it", None)
-    partner = _partner(board.schedule, rank, action)
-    assert partner is not None
-    peer, wanted = partner
-    stands = board.next(peer)
-    where = f"stands at {stands.describe()}" if stands is not None else "is at its end"
-    return Stuck(action, f"the matching {wanted.value.replace('_', ' ')} on rank {peer}, which {where}", peer)
+                    cuts[source] = sent + 1
+                moved = True

@@ -1,20 +1,23 @@
-"""Pipeline schedules as pure generators: GPipe, 1F1B, interleaved 1F1B, forward only, for any number of microbatches.
+"""The pipeline schedules by name, and the looped ones among them: GPipe, 1F1B, interleaved 1F1B, forward only.
 
-Stages are dealt to ranks in a loop: stage s lies on rank s % num_ranks. In every schedule the backwards of a stage run
-in microbatch order, so that weight gradients are summed in one order and schedules are comparable bit for bit. A
-generator returns compute actions only; `passes.complete` adds communication and reductions.
+A looped schedule deals stages to ranks in turn: stage s lies on rank s % num_ranks. In every schedule both gradients of
+a stage are made in microbatch order, so that weight gradients are summed in one order and schedules are comparable bit
+for bit. A generator is a pure function that returns compute actions only; `passes.complete` adds the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import pairwise
 from types import MappingProxyType
 
 from trilith.errors import ScheduleError, Violation
 from trilith.pipeline.action import Action, Kind, Schedule
-
-Generator = Callable[[int, int, int], Schedule]
+from trilith.pipeline.delayed import pipedream, pipedream_2bw
+from trilith.pipeline.v_shape import v_half, v_min, zb_v
+from trilith.pipeline.zero_bubble import dualpipe_v, zb_h1, zb_h2
 
 
 def _looped(name: str, num_ranks: int, num_stages: int, num_microbatches: int, per_rank: Iterable) -> Schedule:
@@ -32,13 +35,12 @@ def _merge(forwards: Sequence[Action], backwards: Sequence[Action], warmup: int)
     return order + list(backwards[len(forwards) - warmup :])
 
 
-def gpipe(num_ranks: int, virtual_stages: int, num_microbatches: int) -> Schedule:
+def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     """GPipe (Huang et al. 2019, arXiv 1811.06965): all forwards, then all backwards.
 
     The paper runs the backwards last in, first out; here they run in microbatch order as everywhere else, which has the
     same bubble, (p-1)/(m+p-1), and the same peak, m microbatches.
     """
-    _require("gpipe", num_ranks, virtual_stages, num_microbatches)
     return _looped(
         "gpipe",
         num_ranks,
@@ -51,12 +53,11 @@ def gpipe(num_ranks: int, virtual_stages: int, num_microbatches: int) -> Schedul
     )
 
 
-def one_f_one_b(num_ranks: int, virtual_stages: int, num_microbatches: int) -> Schedule:
+def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
     """1F1B, also called PipeDream-Flush (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 
     Bubble as GPipe, (p-1)/(m+p-1); stage s holds at most min(p-s, m) microbatches.
     """
-    _require("1f1b", num_ranks, virtual_stages, num_microbatches)
     return _one_f_one_b("1f1b", num_ranks, num_microbatches)
 
 
@@ -92,7 +93,6 @@ def interleaved_1f1b(num_ranks: int, virtual_stages: int, num_microbatches: int)
     cannot start before (v p - 1) f and (v p - 1) b must follow it. So for m >= p the bubble is (p-1) / (v m + p - 1),
     remainders included. With g the largest group, rank s holds at most min(v m, 2 (p-1-s) + (v-1) g + 1) chunks.
     """
-    _require("interleaved_1f1b", num_ranks, virtual_stages, num_microbatches)
     if virtual_stages == 1:
         return _one_f_one_b("interleaved_1f1b", num_ranks, num_microbatches)
     groups = _groups(num_ranks, num_microbatches)
@@ -116,36 +116,90 @@ def interleaved_1f1b(num_ranks: int, virtual_stages: int, num_microbatches: int)
     return _looped("interleaved_1f1b", num_ranks, num_stages, num_microbatches, map(of_rank, range(num_ranks)))
 
 
-def forward_only(num_ranks: int, virtual_stages: int, num_microbatches: int) -> Schedule:
-    """Forwards without backwards (evaluation, generation), on the stages of any looped schedule."""
-    _require("forward_only", num_ranks, virtual_stages, num_microbatches)
-    groups = _groups(num_ranks, num_microbatches)
-    return _looped(
-        "forward_only",
-        num_ranks,
-        num_ranks * virtual_stages,
-        num_microbatches,
-        (
-            [
-                Action(Kind.FORWARD, chunk * num_ranks + rank, m)
-                for group in groups
-                for chunk in range(virtual_stages)
-                for m in group
-            ]
-            for rank in range(num_ranks)
-        ),
-    )
+def forward_only(placement: Sequence[int], num_microbatches: int) -> Schedule:
+    """Forwards without backwards (evaluation, generation) on the stages of any schedule.
+
+    `placement[stage]` is the rank of a stage. Each rank runs, whenever it is free, the most urgent forward whose input is
+    there, at one slot per forward. Two rules of urgency are tried and the shorter result is taken, the first if equal:
+    a group of microbatches (`_groups`) passes one visit of a rank (consecutive stages on it) after the other; or the
+    oldest microbatch goes first. The makespan is the shortest there is for looped placements, max(v m + p - 1,
+    v p + m - 1) slots, for V-shaped ones, 2 (m + p - 1), and for p blocks of v consecutive stages, v (m + p - 1).
+    """
+    group_of = [index for index, group in enumerate(_groups(max(placement) + 1, num_microbatches)) for _ in group]
+    visit_of = [0]
+    for before, after in pairwise(placement):
+        visit_of.append(visit_of[-1] + (before != after))
+    by_group = _play_forwards(placement, num_microbatches, lambda stage, m: (group_of[m], visit_of[stage], m))
+    by_age = _play_forwards(placement, num_microbatches, lambda stage, m: (m,))
+    _, rows = min(by_group, by_age, key=lambda played: played[0])
+    return Schedule("forward_only", len(rows), len(placement), num_microbatches, tuple(placement), rows)
 
 
-SCHEDULES: MappingProxyType[str, Generator] = MappingProxyType(
+def _play_forwards(
+    placement: Sequence[int], num_microbatches: int, urgency: Callable[[int, int], tuple[int, ...]]
+) -> tuple[int, tuple[tuple[Action, ...], ...]]:
+    """(slots, actions per rank) where each rank runs in each slot the possible forward of least `urgency`, if any."""
+    rows: list[list[Action]] = [[] for _ in range(max(placement) + 1)]
+    possible: list[list[tuple[tuple[int, ...], int, int]]] = [[] for _ in rows]
+    arriving = [(0, m) for m in range(num_microbatches)]
+    slots = 0
+    while arriving or any(possible):
+        for stage, m in arriving:
+            heappush(possible[placement[stage]], (urgency(stage, m), stage, m))
+        arriving = []
+        for row, choices in zip(rows, possible, strict=True):
+            if choices:
+                _, stage, m = heappop(choices)
+                row.append(Action(Kind.FORWARD, stage, m))
+                if stage + 1 < len(placement):
+                    arriving.append((stage + 1, m))
+        slots += 1
+    return slots, tuple(map(tuple, rows))
+
+
+def _any_count(num_ranks: int) -> int:
+    """The least number of microbatches of a schedule that has no minimum."""
+    return 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a schedule is made and what it asks for.
+
+    `make(num_ranks, stages_per_rank, num_microbatches)` returns its compute actions. `stages_per_rank` is None where any
+    number will do. `min_microbatches(num_ranks)` is the least it admits. `splits_backward`: weight gradients are actions
+    of their own, at least in part. `asynchronous`: it changes the mathematics (updates with gradients of older weights).
+    """
+
+    make: Callable[[int, int, int], Schedule]
+    stages_per_rank: int | None = 1
+    min_microbatches: Callable[[int], int] = _any_count
+    splits_backward: bool = False
+    asynchronous: bool = False
+
+
+def _fixed(generator: Callable[[int, int], Schedule]) -> Callable[[int, int, int], Schedule]:
+    """A generator whose number of stages per rank is fixed, in the form of `Recipe.make`."""
+    return lambda num_ranks, _, num_microbatches: generator(num_ranks, num_microbatches)
+
+
+SCHEDULES: MappingProxyType[str, Recipe] = MappingProxyType(
     {
-        "gpipe": gpipe,
-        "1f1b": one_f_one_b,
-        "interleaved_1f1b": interleaved_1f1b,
-        "forward_only": forward_only,
+        "gpipe": Recipe(_fixed(gpipe)),
+        "1f1b": Recipe(_fixed(one_f_one_b)),
+        "interleaved_1f1b": Recipe(interleaved_1f1b, stages_per_rank=None),
+        "zb_h1": Recipe(_fixed(zb_h1), splits_backward=True),
+        "zb_h2": Recipe(_fixed(zb_h2), min_microbatches=lambda p: 2 * p - 1, splits_backward=True),
+        "zb_v": Recipe(_fixed(zb_v), stages_per_rank=2, splits_backward=True),
+        "v_half": Recipe(_fixed(v_half), stages_per_rank=2, splits_backward=True),
+        "v_min": Recipe(_fixed(v_min), stages_per_rank=2, splits_backward=True),
+        "dualpipe_v": Recipe(
+            _fixed(dualpipe_v), stages_per_rank=2, min_microbatches=lambda p: 2 * p, splits_backward=True
+        ),
+        "pipedream": Recipe(_fixed(pipedream), asynchronous=True),
+        "pipedream_2bw": Recipe(_fixed(pipedream_2bw), min_microbatches=lambda p: p, asynchronous=True),
     }
 )
-ONE_STAGE_PER_RANK = frozenset(("gpipe", "1f1b"))
 
 
 def schedule_problems(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> list[Violation]:
@@ -160,17 +214,24 @@ def schedule_problems(name: str, num_ranks: int, virtual_stages: int, num_microb
     ):
         if value < 1:
             problems.append(Violation(path, value, "must be at least 1"))
-    if name in ONE_STAGE_PER_RANK and virtual_stages > 1:
-        rule = f"schedule {name} runs one stage per rank"
-        fix = 'Set it to 1, or set pipeline.schedule to "interleaved_1f1b"'
+    return problems or _recipe_problems(name, num_ranks, virtual_stages, num_microbatches)
+
+
+def _recipe_problems(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> list[Violation]:
+    """What the recipe of a schedule asks for and does not get."""
+    recipe = SCHEDULES[name]
+    problems = []
+    if recipe.stages_per_rank not in (None, virtual_stages):
+        count = recipe.stages_per_rank
+        rule = f"schedule {name} runs {'one stage' if count == 1 else f'{count} stages'} per rank"
+        fix = f'Set it to {count}, or set pipeline.schedule to "interleaved_1f1b"'
         problems.append(Violation("pipeline.virtual_stages", virtual_stages, rule, fix))
+    least = recipe.min_microbatches(num_ranks)
+    if num_microbatches < least:
+        rule = f"schedule {name} on {num_ranks} pipeline ranks needs at least {least} microbatches"
+        fix = f'Set it to {least} or more, or set pipeline.schedule to "1f1b"'
+        problems.append(Violation("gradient_accumulation_steps", num_microbatches, rule, fix))
     return problems
-
-
-def _require(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> None:
-    problems = schedule_problems(name, num_ranks, virtual_stages, num_microbatches)
-    if problems:
-        raise ScheduleError("\n".join(str(problem) for problem in problems))
 
 
 def make_schedule(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> Schedule:
@@ -178,5 +239,7 @@ def make_schedule(name: str, num_ranks: int, virtual_stages: int, num_microbatch
 
     Raises ScheduleError with rule and fix for a name that is not in `SCHEDULES` or arguments it does not admit.
     """
-    _require(name, num_ranks, virtual_stages, num_microbatches)
-    return SCHEDULES[name](num_ranks, virtual_stages, num_microbatches)
+    problems = schedule_problems(name, num_ranks, virtual_stages, num_microbatches)
+    if problems:
+        raise ScheduleError("\n".join(str(problem) for problem in problems))
+    return SCHEDULES[name].make(num_ranks, virtual_stages, num_microbatches)

@@ -6,24 +6,37 @@ one another, an action starts when its rank is free and its inputs are there. Ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trilith.errors import ScheduleError
-from trilith.pipeline.action import COMPUTE, WEIGHT_GRADIENT, Action, Kind, Schedule, Token, consumer, gives, needs
+from trilith.pipeline.action import (
+    COMPUTE,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Action,
+    Kind,
+    Schedule,
+    Token,
+    consumer,
+    gives,
+    needs,
+)
 
 
 @dataclass(frozen=True)
 class Costs:
     """Seconds per stage of forward, input gradient and weight gradient; a whole backward takes the sum of the last two.
 
-    `transfer_s` is the time a message spends between two ranks. Any unit will do where only ratios matter.
+    `transfer_s` is the time a message spends between two ranks. `overlapped_s[stage]` is the time of an overlapped pair
+    whose forward is that stage's; without it, a pair takes the sum of its two. Any unit will do where only ratios matter.
     """
 
     forward_s: tuple[float, ...]
     backward_input_s: tuple[float, ...]
     backward_weight_s: tuple[float, ...]
     transfer_s: float = 0.0
+    overlapped_s: tuple[float, ...] | None = None
 
     @classmethod
     def uniform(
@@ -33,6 +46,7 @@ class Costs:
         backward_input_s: float = 1.0,
         backward_weight_s: float = 1.0,
         transfer_s: float = 0.0,
+        overlapped_s: float | None = None,
     ) -> Costs:
         """The same costs for every stage; by default F = B = W = 1 and free transfers."""
         return cls(
@@ -40,11 +54,14 @@ class Costs:
             (backward_input_s,) * num_stages,
             (backward_weight_s,) * num_stages,
             transfer_s,
+            None if overlapped_s is None else (overlapped_s,) * num_stages,
         )
 
     def of(self, action: Action) -> float:
-        """Seconds of a compute action; of an overlapped pair, the sum of both."""
+        """Seconds of a compute action."""
         if action.pair is not None:
+            if self.overlapped_s is not None:
+                return self.overlapped_s[action.stage]
             return sum(self.of(part) for part in action.pair)
         if action.kind is Kind.FORWARD:
             return self.forward_s[action.stage]
@@ -74,9 +91,8 @@ class Simulation:
 
     `bubble`: 1 - work / span, where work is the mean busy time of a rank and span the longest time between a rank's
     first start and its last end (what the papers quote). `bubble_makespan`: 1 - work / makespan of the whole step.
-    `peak_chunks[rank]`: most (stage, microbatch) live at once, from the start of the forward to the end of the backward
-    (of the weight gradient where it is split). `peak_microbatches[rank]`: the same in units of the rank's whole share
-    of the model, that is, divided by its number of stages.
+    `peak_chunks[rank]`: most (stage, microbatch) live at once (`peak_chunks`). `peak_microbatches[rank]`: the same in
+    units of the rank's whole share of the model, that is, divided by its number of stages.
     """
 
     bars: tuple[Bar, ...]
@@ -190,16 +206,62 @@ def _arrivals(
     return arrivals
 
 
+def _stages_without_backward(schedule: Schedule) -> frozenset[int]:
+    """Stages of which nothing outlives the forward."""
+    backward = {part.stage for _, part in schedule.parts() if part.kind in INPUT_GRADIENT}
+    return frozenset(range(schedule.num_stages)) - backward
+
+
+def _ends_life(schedule: Schedule, part: Action) -> bool:
+    """Whether a backward is the last that a microbatch needs its activations for."""
+    return part.kind in WEIGHT_GRADIENT or (part.kind is Kind.BACKWARD_INPUT and part.stage in schedule.frozen)
+
+
 def peak_chunks(schedule: Schedule) -> tuple[int, ...]:
-    """Most (stage, microbatch) live at once on each rank; a rank is sequential, so the order alone decides."""
+    """Most (stage, microbatch) live at once on each rank; a rank is sequential, so the order alone decides.
+
+    A microbatch is live on a stage from the start of its forward to the end of its backward, of its weight gradient
+    where that is apart, of its input gradient on a frozen stage; on a stage without backward, while its forward runs.
+    """
+    passing = _stages_without_backward(schedule)
     peaks = []
     for actions in schedule.actions:
         live = peak = 0
         for action in actions:
-            parts = action.parts()
-            live += sum(part.kind is Kind.FORWARD for part in parts)
-            peak = max(peak, live)
-            live -= sum(part.kind in WEIGHT_GRADIENT for part in parts)
+            for part in action.parts():
+                if part.kind is Kind.FORWARD:
+                    live += 1
+                    peak = max(peak, live)
+                    live -= part.stage in passing
+                elif _ends_life(schedule, part):
+                    live -= 1
+        peaks.append(peak)
+    return tuple(peaks)
+
+
+def peak_bytes(
+    schedule: Schedule, after_forward_bytes: Sequence[float], after_input_gradient_bytes: Sequence[float]
+) -> tuple[float, ...]:
+    """Most bytes of activations held at once on each rank, looked at after each action.
+
+    Summed over (stage, microbatch): `after_forward_bytes[stage]` from the forward to the backward or the input
+    gradient, then, where the backward is split, `after_input_gradient_bytes[stage]` to the weight gradient. A stage
+    without backward keeps nothing, a frozen one nothing beyond its input gradient.
+    """
+    passing = _stages_without_backward(schedule)
+    change: dict[tuple[Kind, int], float] = {}
+    for stage, (forward, gradient) in enumerate(zip(after_forward_bytes, after_input_gradient_bytes, strict=True)):
+        change[Kind.FORWARD, stage] = 0 if stage in passing else forward
+        change[Kind.BACKWARD, stage] = -forward
+        change[Kind.BACKWARD_INPUT, stage] = (0 if stage in schedule.frozen else gradient) - forward
+        change[Kind.BACKWARD_WEIGHT, stage] = -gradient
+    peaks = []
+    for actions in schedule.actions:
+        live = peak = 0.0
+        for action in actions:
+            for part in action.parts():
+                live += change.get((part.kind, part.stage), 0.0)
+                peak = max(peak, live)
         peaks.append(peak)
     return tuple(peaks)
 
@@ -218,7 +280,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     work = sum(bar.end_s - bar.start_s for bar in bars) / schedule.num_ranks
     makespan = max((row[-1][2] for row in times if row), default=0.0)
     span = max((row[-1][2] - row[0][1] for row in times if row), default=0.0)
-    chunks = _forward_only_peaks(schedule) if schedule.is_forward_only else peak_chunks(schedule)
+    chunks = peak_chunks(schedule)
     return Simulation(
         bars=bars,
         makespan_s=makespan,
@@ -227,8 +289,3 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
         peak_microbatches=tuple(count / max(1, len(schedule.stages_of(rank))) for rank, count in enumerate(chunks)),
         peak_chunks=chunks,
     )
-
-
-def _forward_only_peaks(schedule: Schedule) -> tuple[int, ...]:
-    """Without backwards nothing outlives its forward: one (stage, microbatch) at a time."""
-    return tuple(int(any(a.kind is Kind.FORWARD for a in actions)) for actions in schedule.actions)

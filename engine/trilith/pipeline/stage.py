@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from trilith.kernels.weight_queue import WeightQueue
+
 StageFunction = Callable[[dict[str, torch.Tensor], Any], dict[str, torch.Tensor]]
 
 
 class StageParameters(Protocol):
-    """What the executor asks of a stage's parameters; collective over the ranks that hold the same stage."""
+    """What the executor asks of a stage's parameters; collective over the ranks that hold the same stage.
+
+    `microbatch` is the action's: for `reduce` and `tie_reduce` the last one of the update, -1 where a step has but one.
+    """
 
     def gather(self) -> None:
         """Make the whole parameters present (GATHER)."""
@@ -23,14 +28,32 @@ class StageParameters(Protocol):
     def release(self) -> None:
         """Let go of what `gather` brought (RELEASE)."""
 
-    def begin_backward(self, final: bool) -> None:
-        """Called before each backward of the stage; on the `final` one gradients may be reduced as they complete."""
+    def begin_forward(self, microbatch: int) -> None:
+        """Called before each forward of the stage: the module must hold the weights that this microbatch uses."""
 
-    def reduce(self) -> None:
+    def begin_backward(self, microbatch: int, final: bool) -> None:
+        """Called before each backward, whole or of the input only.
+
+        `final`: a whole backward, and the last of its update: gradients may be reduced as they complete.
+        """
+
+    def begin_weight_gradients(self, weights: Sequence[torch.Tensor], final: bool) -> None:
+        """Called before the second half of a backward, which brings one gradient for each of `weights`, in order.
+
+        `final`: the last of its update. All gradients that the first halves bring are complete then.
+        """
+
+    def accumulate(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add a gradient that the second half of a backward computed."""
+
+    def reduce(self, microbatch: int) -> None:
         """Launch every reduction of gradients that is not launched yet (REDUCE, after the stage's last backward)."""
 
-    def tie_reduce(self) -> None:
-        """Sum the gradients of weights tied over the first and the last stage (TIE_REDUCE, after both reductions)."""
+    def tie_reduce(self, microbatch: int) -> None:
+        """Launch the sum of gradients of weights that stages share (TIE_REDUCE, after the stage's reduction)."""
+
+    def update(self, microbatch: int) -> None:
+        """Take an optimizer step of this stage alone, with the gradients up to `microbatch` (UPDATE)."""
 
 
 class NullParameters:
@@ -42,13 +65,29 @@ class NullParameters:
     def release(self) -> None:
         """Nothing to do."""
 
-    def begin_backward(self, final: bool) -> None:
+    def begin_forward(self, microbatch: int) -> None:
         """Nothing to do."""
 
-    def reduce(self) -> None:
+    def begin_backward(self, microbatch: int, final: bool) -> None:
         """Nothing to do."""
 
-    def tie_reduce(self) -> None:
+    def begin_weight_gradients(self, weights: Sequence[torch.Tensor], final: bool) -> None:
+        """Nothing to do."""
+
+    def accumulate(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """As autograd does."""
+        if weight.grad is None:
+            weight.grad = gradient
+        else:
+            weight.grad.add_(gradient)
+
+    def reduce(self, microbatch: int) -> None:
+        """Nothing to do."""
+
+    def tie_reduce(self, microbatch: int) -> None:
+        """Nothing to do."""
+
+    def update(self, microbatch: int) -> None:
         """Nothing to do."""
 
 
@@ -59,6 +98,8 @@ class PipelineStage:
     `module(inputs, microbatch)` maps the named tensors of the stage before (none for the first stage) and the rank's
     own data of the microbatch to the named tensors of the next stage. The last stage returns `{"loss": scalar}`, the
     microbatch's share of the step's loss; without labels it may return anything else (`{"logits": ...}`).
+    `queue` is where the module's linears leave weight gradients for the second half of a split backward; what does not
+    go through it is computed in the first half.
     """
 
     index: int
@@ -66,3 +107,4 @@ class PipelineStage:
     parameters: StageParameters
     is_first: bool
     is_last: bool
+    queue: WeightQueue | None = None

@@ -1,7 +1,7 @@
 """How named tensors travel between pipeline ranks: receives posted ahead, sends in flight with their buffers, in order.
 
 A channel is a directed pair of pipeline ranks; what is sent on it arrives in order. Both bounds here (receives posted
-ahead, sends in flight) are relaxations of blocking sends, so a schedule that passed `passes.check` cannot hang in them.
+ahead, sends in flight) are relaxations of blocking sends, so a schedule that passed `check.check` cannot hang in them.
 """
 
 from __future__ import annotations
@@ -75,30 +75,52 @@ def carried(kind: Kind, boundary: Boundary) -> dict[str, tuple[tuple[int, ...], 
 
 
 class Inbox:
-    """The receives of one run, posted in the channel's order, `RECEIVES_AHEAD` further than the schedule has come."""
+    """The receives of one run, posted in the channel's order, `RECEIVES_AHEAD` further than the schedule has come.
 
-    def __init__(self, channels: Channels, actions: Sequence[Action], boundary: Boundary) -> None:
+    `boundaries[s]` is what stage s hands to the next. `limit`, where given, is the number of messages from each rank
+    that may be posted before `lift_limit`: those that are sure to be sent even if the run is thrown away.
+    """
+
+    def __init__(
+        self,
+        channels: Channels,
+        actions: Sequence[Action],
+        boundaries: Sequence[Boundary],
+        limit: Mapping[int, int] | None = None,
+    ) -> None:
         self._channels = channels
-        self._boundary = boundary
+        self._boundaries = boundaries
+        self._limit = limit
         self._unposted: dict[int, deque[Action]] = defaultdict(deque)
         self._posted: dict[Action, list[tuple[str, torch.Tensor, Handle]]] = {}
+        self._num_posted: dict[int, int] = defaultdict(int)
+        self._allowed: dict[int, int] = defaultdict(lambda: RECEIVES_AHEAD)
         for action in actions:
             if action.kind in RECEIVES:
                 assert action.peer is not None
                 self._unposted[action.peer].append(action)
-        for queue in self._unposted.values():
-            for _ in range(min(RECEIVES_AHEAD, len(queue))):
-                self._post(queue.popleft())
+        for peer in self._unposted:
+            self._post_allowed(peer)
 
     @property
     def is_empty(self) -> bool:
         """True when every receive was posted and taken."""
         return not self._posted and not any(self._unposted.values())
 
+    def _post_allowed(self, peer: int) -> None:
+        """Post as many receives from `peer` as the schedule's place and the limit allow."""
+        queue, allowed = self._unposted[peer], self._allowed[peer]
+        if self._limit is not None:
+            allowed = min(allowed, self._limit.get(peer, 0))
+        while queue and self._num_posted[peer] < allowed:
+            self._post(queue.popleft())
+
     def _post(self, action: Action) -> None:
         assert action.peer is not None
+        self._num_posted[action.peer] += 1
+        between = action.stage - 1 if action.kind is Kind.RECEIVE_FORWARD else action.stage
         arriving = []
-        for name, (shape, dtype) in carried(action.kind, self._boundary).items():
+        for name, (shape, dtype) in carried(action.kind, self._boundaries[between]).items():
             tensor = torch.empty(shape, dtype=dtype, device=self._channels.device)
             arriving.append((name, tensor, self._channels.receive(tensor, action.peer)))
         self._posted[action] = arriving
@@ -106,9 +128,18 @@ class Inbox:
     def reach(self, action: Action) -> None:
         """The schedule has come to a receive: let one more of its channel be posted."""
         assert action.peer is not None
-        queue = self._unposted[action.peer]
-        if queue:
-            self._post(queue.popleft())
+        self._allowed[action.peer] += 1
+        self._post_allowed(action.peer)
+
+    def lift_limit(self) -> None:
+        """The run will not be thrown away: post what waited for that."""
+        self._limit = None
+        for peer in self._unposted:
+            self._post_allowed(peer)
+
+    def has_arrived(self, action: Action) -> bool:
+        """Whether a posted receive is known to be complete, without waiting."""
+        return all(handle.done for _, _, handle in self._posted[action])
 
     def take(self, action: Action) -> dict[str, torch.Tensor]:
         """Wait for a receive that was reached, and hand over its tensors."""
@@ -118,6 +149,16 @@ class Inbox:
             tensors[name] = tensor
         del self._posted[action]
         return tensors
+
+    def discard(self, sent: Mapping[int, int]) -> None:
+        """Take in the messages that each rank sent before the run was given up, and drop them."""
+        for peer, count in sent.items():
+            while self._num_posted[peer] < count:
+                self._post(self._unposted[peer].popleft())
+        for arriving in self._posted.values():
+            for _, _, handle in arriving:
+                handle.wait()
+        self._posted.clear()
 
 
 class Outbox:

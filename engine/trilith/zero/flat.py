@@ -48,7 +48,8 @@ class FlatUnit:
     """One unit's flat buffers on this rank, and the module's parameters that are views of them.
 
     `weight` (numel,) in the parameter dtype, whole on every data rank. `gradient` (numel,) in the accumulation dtype.
-    `master` (partition,): the optimizer's weights; where they have the parameter dtype, a view of `weight`.
+    `master` (partition,): the optimizer's weights; where they have the parameter dtype, a view of `weight`, unless
+    there are several versions of it.
     `parameters` and `gradient_views` are parallel, in the layout's order. `start`, `stop`: this rank's partition.
     """
 
@@ -76,7 +77,12 @@ class FlatUnit:
     @property
     def has_master(self) -> bool:
         """Whether the master weights are a storage of their own."""
-        return self.master.dtype != self.weight.dtype
+        return self.master.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr()
+
+    @property
+    def master_role(self) -> str:
+        """What a checkpoint calls the master weights: `weight` where rounding them for the module changes no bit."""
+        return "weight" if self.master.dtype == self.weight.dtype else "master"
 
     def attach_gradients(self) -> None:
         """Let autograd accumulate into the flat buffer; only where both have one dtype."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -48,7 +48,15 @@ class _StageGradients:
     buckets: tuple[Bucket, ...]
     counting: bool = False
     queued: bool = False
-    tied: list[comm.Handle] = field(default_factory=list)
+
+
+@dataclass
+class _Tie:
+    """The copies of one unit on this rank, by stage; `handle`: of the sum over the ranks that hold others."""
+
+    unit: str
+    copies: Mapping[int, _Flight]
+    handle: comm.Handle | None = None
 
 
 class GradientReducer:
@@ -66,9 +74,12 @@ class GradientReducer:
     ) -> None:
         self.topology = topology
         self._policy = policy
-        self._tied_units = tied_units
         bucket_numel = min(bucket_numel, _LATENCY_BOUND)
         self._stages = {stage: _stage_gradients(members, bucket_numel) for stage, members in units.items()}
+        self._ties = _ties_of(self._stages, tied_units)
+        shared = [tie for tie in self._ties if topology.tie(tie.unit).size > 1]
+        self._awaited = frozenset(stage for tie in shared for stage in tie.copies)
+        self._summed: set[int] = set()
         self._queue: deque[Bucket] = deque()
         self._exchanging: deque[_Flight] = deque()
         self._converts = policy.param_dtype != policy.grad_accum_dtype
@@ -76,8 +87,11 @@ class GradientReducer:
         exchanges = any(unit.layout.exchange_numel for members in units.values() for unit in members)
         self._overlaps = overlap and (topology.dp.size > 1 or (topology.tp.size > 1 and exchanges))
         self._hooks: list[RemovableHandle] = []
+        self._views: dict[Tensor, tuple[_StageGradients, _Flight, Tensor]] = {}
         for gradients in self._stages.values():
             for flight in gradients.flights:
+                for parameter, view in zip(flight.unit.parameters, flight.unit.gradient_views, strict=True):
+                    self._views[parameter] = (gradients, flight, view)
                 if not self._converts:
                     flight.unit.attach_gradients()
                 if self._converts or self._overlaps:
@@ -91,6 +105,29 @@ class GradientReducer:
             self._enqueue(self._stages[stage])
             self._stages[stage].counting = True
 
+    def begin_weight_gradients(self, stage: int, weights: Sequence[Tensor], final: bool) -> None:
+        """The second half of a backward begins: `accumulate` will be called for each of `weights`, in order.
+
+        `final`: the last of the step. What does not go through `accumulate` is complete then.
+        """
+        if not (final and self._overlaps):
+            return
+        gradients = self._stages[stage]
+        self._enqueue(gradients)
+        for flight in gradients.flights:
+            flight.missing = 0
+        for weight in weights:
+            self._views[weight][1].missing += 1
+        gradients.counting = True
+        self._advance()
+
+    def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
+        """Add a weight's gradient that autograd did not bring."""
+        gradients, flight, view = self._views[weight]
+        view.add_(gradient)
+        if gradients.counting:
+            self._count(flight)
+
     def reduce(self, stage: int) -> None:
         """Launch what is not launched yet of a stage whose gradients are complete; parameters may lack a gradient."""
         gradients = self._stages[stage]
@@ -101,35 +138,35 @@ class GradientReducer:
         self._advance()
 
     def tie_reduce(self, stage: int) -> None:
-        """Launch the sum of a stage's tied units over the first and the last stage, after `reduce` of that stage."""
-        gradients = self._stages[stage]
+        """Launch the sums of tied units over their ranks, after `reduce`, when all stages here that hold one called it.
+
+        All are launched at once, in the order of names: ranks that share several must begin them in one order.
+        """
         self._settle_exchanges()
-        for flight in gradients.flights:
-            if flight.unit.layout.name in self._tied_units:
-                assert flight.launched, f"{flight.unit.layout.name} is summed with its copy before it is reduced"
-                self._settle(flight)
-                gradients.tied.append(
-                    comm.all_reduce(flight.unit.own_gradient, self.topology.embedding_tie, async_op=True)
-                )
+        self._summed.add(stage)
+        if not self._awaited <= self._summed:
+            return
+        for tie in self._ties:
+            group = self.topology.tie(tie.unit)
+            if group.size > 1:
+                assert tie.handle is None
+                tie.handle = comm.all_reduce(self._local_sum(tie), group, async_op=True)
 
     def finish(self) -> None:
         """Wait until every gradient of the step is reduced, and be ready for the next step."""
         for stage in self._stages:
             self.reduce(stage)  # nothing is left of a stage that was reduced already
         self._settle_exchanges()
-        across = self.topology.embedding_tie.size > 1
         for gradients in self._stages.values():
             for flight in gradients.flights:
                 self._settle(flight)
-                flight.launched = False
-                if across and flight.unit.layout.name in self._tied_units:
-                    assert gradients.tied, f"{flight.unit.layout.name} was not summed with its copy"
-            for handle in gradients.tied:
-                handle.wait()
-            gradients.tied.clear()
+        for tie in self._ties:
+            self._finish_tie(tie)
+        self._summed.clear()
+        for gradients in self._stages.values():
             gradients.queued = gradients.counting = False
-        if not across:
-            self._sum_local_ties()
+            for flight in gradients.flights:
+                flight.launched = False
 
     def close(self) -> None:
         """Remove all hooks and let go of the gradients."""
@@ -248,18 +285,39 @@ class GradientReducer:
             flight.unit.own_gradient.copy_(flight.payload[flight.unit.start : flight.unit.stop])
         flight.handle = flight.payload = None
 
-    def _sum_local_ties(self) -> None:
-        """Sum tied units whose two stages both lie on this rank."""
-        copies: dict[str, list[Tensor]] = {}
-        for gradients in self._stages.values():
-            for flight in gradients.flights:
-                if flight.unit.layout.name in self._tied_units:
-                    copies.setdefault(flight.unit.layout.name, []).append(flight.unit.own_gradient)
-        for first, *others in copies.values():
-            for other in others:
-                first.add_(other)
-            for other in others:
-                other.copy_(first)
+    # ---- ties ---------------------------------------------------------------------------------------------------
+
+    def _local_sum(self, tie: _Tie) -> Tensor:
+        """The sum of this rank's copies of a tied unit's gradient, in the order of stages, in the first one."""
+        first, *others = tie.copies.values()
+        for flight in tie.copies.values():
+            assert flight.launched, f"{tie.unit} is summed with its copies before it is reduced"
+            self._settle(flight)
+        for other in others:
+            first.unit.own_gradient.add_(other.unit.own_gradient)
+        return first.unit.own_gradient
+
+    def _finish_tie(self, tie: _Tie) -> None:
+        """Wait for the sum of a tied unit, or make it where all its copies lie here; every copy gets it."""
+        first, *others = tie.copies.values()
+        if self.topology.tie(tie.unit).size == 1:
+            self._local_sum(tie)
+        else:
+            assert tie.handle is not None, f"{tie.unit} was not summed with its copies"
+            tie.handle.wait()
+            tie.handle = None
+        for other in others:
+            other.unit.own_gradient.copy_(first.unit.own_gradient)
+
+
+def _ties_of(stages: Mapping[int, _StageGradients], tied_units: frozenset[str]) -> tuple[_Tie, ...]:
+    """The tied units of this rank's stages, in the order of names."""
+    copies: dict[str, dict[int, _Flight]] = {}
+    for stage in sorted(stages):
+        for flight in stages[stage].flights:
+            if flight.unit.layout.name in tied_units:
+                copies.setdefault(flight.unit.layout.name, {})[stage] = flight
+    return tuple(_Tie(name, copies[name]) for name in sorted(copies))
 
 
 def _stage_gradients(units: Sequence[FlatUnit], bucket_numel: int) -> _StageGradients:

@@ -36,6 +36,7 @@ from trilith.optim.foreign import ForeignOptimizer, groups_of_optimizer
 from trilith.optim.groups import multipliers
 from trilith.optim.lr import LearningRate, make_lr
 from trilith.optim.make import make_optimizer
+from trilith.pipeline.action import NO_MICROBATCH
 from trilith.precision import DTYPES, PrecisionPolicy
 from trilith.process_groups import build_topology, join_world, leave_world
 from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
@@ -65,26 +66,27 @@ def initialize(
     Raises ConfigError for a config that breaks a rule, TrilithError for a model or optimizer that cannot be trained so.
     """
     given = config if isinstance(config, Config) else load_config(config)
-    world_size, joined = _join(given)
+    world_size, joined = join(given)
     full = resolve(given, world_size, needs="engine").config
     if full.parallel.pipeline > 1 or full.parallel.tensor > 1:
         raise TrilithError(
             f"parallel: pipeline {full.parallel.pipeline} x tensor {full.parallel.tensor}: trilith.initialize takes a "
-            "model as it is, so only data parallelism is possible. Set both to 1, or describe the model in `model`"
+            "module as it is, so only data parallelism is possible. Set both to 1, make a PipelineModel of its layers, or "
+            "describe the model in `model`"
         )
-    device = _device(full)
+    device = device_of(full)
     topology = build_topology(Degrees(shard=world_size), device, timeout_s=full.parallel.timeout_s)
     return Engine(model, full, topology, optimizer, lr_scheduler, owns_world=joined)
 
 
-def _join(config: Config) -> tuple[int, bool]:
+def join(config: Config) -> tuple[int, bool]:
     """The world size, and whether the default process group was made here, as torchrun's environment asks."""
     if dist.is_initialized():
         return dist.get_world_size(), False
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if world_size == 1:
         return 1, False
-    join_world(int(os.environ["RANK"]), world_size, None, config.parallel.timeout_s, _device(config).type)
+    join_world(int(os.environ["RANK"]), world_size, None, config.parallel.timeout_s, device_of(config).type)
     return world_size, True
 
 
@@ -95,24 +97,34 @@ def _end_of_process(engine: weakref.ref[Engine], reducer: weakref.ref[GradientRe
     """
     if not dist.is_initialized():
         return
-    if not hasattr(sys, "last_type"):
-        with suppress(RuntimeError):
-            dist.barrier(async_op=True).wait(timedelta(seconds=LEAVE_TIMEOUT_S))
-    dist.destroy_process_group()
+    leave_at_exit()
     found, left = engine(), reducer()
     if found is not None:
         found.forget_groups()
     elif left is not None:
-        left.topology = _without_groups(left.topology)
+        left.topology = without_groups(left.topology)
 
 
-def _without_groups(topology: Topology) -> Topology:
+def leave_at_exit() -> None:
+    """Leave the world when the process ends: together if all come here soon, after a failure without waiting."""
+    if not hasattr(sys, "last_type"):
+        with suppress(RuntimeError):
+            dist.barrier(async_op=True).wait(timedelta(seconds=LEAVE_TIMEOUT_S))
+    dist.destroy_process_group()
+
+
+def without_groups(topology: Topology) -> Topology:
     """The same place in the world, with nobody to talk to."""
     alone = Group("control", (topology.rank,), 0)
-    return replace(topology, control=alone, groups=MappingProxyType({}))
+    nobody: MappingProxyType[Any, Any] = MappingProxyType({})
+    return replace(topology, control=alone, groups=nobody, channels=nobody, ties=nobody)
 
 
-def _device(config: Config) -> torch.device:
+def device_of(config: Config) -> torch.device:
+    """The device that `run.device` names; under torchrun each rank of a machine has a GPU of its own, if there are.
+
+    Raises TrilithError where there is none.
+    """
     wanted = config.run.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -215,7 +227,9 @@ class Engine:
         self._lr: LearningRate = make_lr(config.scheduler, config.optimizer.params.lr)
         if optimizer is None and lr_scheduler is not None:
             self._lr = lr_scheduler
-        _place(module, config, topology)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise TrilithError("no parameter of the model requires a gradient: there is nothing to train")
+        place(module, config, topology)
         declared = _Declared(module)
         sharding = _sharding(declared, module, config, optimizer)
         policy = PrecisionPolicy.from_config(config)
@@ -229,6 +243,10 @@ class Engine:
         self.outcome: StepOutcome | None = None
         self.global_steps = 0
         self.skipped_steps = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """Engine, optimizer, data loader (None) and learning-rate function, as DeepSpeed's `initialize` returns them."""
+        return iter((self, self.sharded.optimizer, None, self._lr_scheduler or self._lr))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
@@ -246,12 +264,12 @@ class Engine:
                 "Add the losses up first, or raise gradient_accumulation_steps and call engine.step after each"
             )
         final = self.is_gradient_accumulation_boundary
-        self._parameters.begin_backward(final)
+        self._parameters.begin_backward(self._microbatch, final)
         factor = self.sharded.loss_scale / (self._accumulation * self.topology.dp.size)
         wide = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
         (wide * factor if factor != 1.0 else wide).backward()
         if final:
-            self._parameters.reduce()
+            self._parameters.reduce(NO_MICROBATCH)
             self._reduced = True
 
     def step(self) -> None:
@@ -312,14 +330,15 @@ class Engine:
 
         gloo's threads abort a process in which a group lives on until the interpreter is gone.
         """
-        self.topology = _without_groups(self.topology)
+        self.topology = without_groups(self.topology)
         self.sharded.topology = self.sharded.reducer.topology = self.topology
 
 
-def _place(module: nn.Module, config: Config, topology: Topology) -> None:
-    """Bring the module to the device, its buffers to their dtype, and everything to the values of data rank 0."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise TrilithError("no parameter of the model requires a gradient: there is nothing to train")
+def place(module: nn.Module, config: Config, topology: Topology) -> None:
+    """Bring the module to the device, its buffers to their dtype, and everything to the values of data rank 0.
+
+    Raises TrilithError where something has no values.
+    """
     meta = [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]
     if meta:
         raise TrilithError(f"{meta[0]} is on the meta device and has no values: give the model its values first")

@@ -194,7 +194,7 @@ def with_copies(spec: ShardSpec, index: int, count: int) -> ShardSpec:
 
 
 def tied_flat_units(units: Sequence[UnitDecl]) -> frozenset[str]:
-    """Flat units that the first and the last stage both hold, because their tensors are tied."""
+    """Flat units that several stages may hold, because their tensors are tied."""
     return frozenset(p.flat_unit for unit in units for p in unit.parameters if p.tie_copy > 0)
 
 

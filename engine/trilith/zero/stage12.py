@@ -54,9 +54,12 @@ class Sharding:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step did. `grad_norm` is global, of unscaled gradients, before clipping; `loss_scale` the one it ran with."""
+    """What a step did. `grad_norm` is global, of unscaled gradients, before clipping; `loss_scale` the one it ran with.
 
-    grad_norm: float
+    No norm is taken where every stage updates for itself.
+    """
+
+    grad_norm: float | None
     skipped: bool
     loss_scale: float
 
@@ -84,17 +87,32 @@ class StageParameters:
     def release(self) -> None:
         """Weights stay whole: nothing to give up."""
 
-    def begin_backward(self, final: bool) -> None:
-        """A backward of this stage begins; `final`: the last of the step."""
+    def begin_forward(self, microbatch: int) -> None:
+        """There is one version of the weights, and it is in the module."""
+
+    def begin_backward(self, microbatch: int, final: bool) -> None:
+        """A backward of this stage begins; `final`: the last of the step, and whole."""
         self._model.begin_backward(self._stage, final)
 
-    def reduce(self) -> None:
+    def begin_weight_gradients(self, weights: Sequence[Tensor], final: bool) -> None:
+        """The second half of a backward begins, which brings a gradient for each of `weights`."""
+        self._model.reducer.begin_weight_gradients(self._stage, weights, final)
+
+    def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
+        """Add a gradient of the second half of a backward."""
+        self._model.reducer.accumulate(weight, gradient)
+
+    def reduce(self, microbatch: int) -> None:
         """All gradients of this stage are complete: launch the reductions that are left."""
         self._model.reducer.reduce(self._stage)
 
-    def tie_reduce(self) -> None:
-        """Sum the gradients of weights that the first and the last stage share."""
+    def tie_reduce(self, microbatch: int) -> None:
+        """Sum the gradients of weights that this stage shares with others."""
         self._model.reducer.tie_reduce(self._stage)
+
+    def update(self, microbatch: int) -> None:
+        """Synchronous schedules step once, after their last action."""
+        raise AssertionError("an optimizer step inside a synchronous schedule")
 
 
 class ShardedModel:
@@ -117,7 +135,8 @@ class ShardedModel:
         self.topology, self.policy, self.device = topology, policy, topology.device
         self.sharding = sharding or sharding_of(config)
         self.scaler = LossScaler.from_config(config)
-        self._max_norm = config.gradient_clipping
+        self.max_norm = config.gradient_clipping
+        self.kept_bytes: dict[str, int] = {}  # what others keep beside this model, by category
         self._partitioned = zero.stage >= 1 and topology.dp.size > 1
         self._units: dict[int, tuple[FlatUnit, ...]] = {}
         self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
@@ -128,14 +147,7 @@ class ShardedModel:
         self.units = tuple(unit for units in self._units.values() for unit in units)
         self._unit_index = {name: i for i, name in enumerate(self.sharding.unit_names)}
         self.optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
-        self.reducer = GradientReducer(
-            self._units,
-            topology,
-            policy,
-            tied_units=self.sharding.tied_units,
-            overlap=zero.overlap_comm,
-            bucket_numel=zero.reduce_bucket_size,
-        )
+        self.reducer = self._make_reducer(self._units, zero)
         self._stale = self._finished = False
 
     def _materialise(self, index: int, module: DeclaredModule) -> None:
@@ -156,6 +168,17 @@ class ShardedModel:
         for unit in (*self._units[index], *self._frozen[index]):
             self._places.update({(index, place.parameter.name): (unit, place) for place in unit.layout.placed})
         self._buffer_bytes += move_buffers(module, self.device)
+
+    def _make_reducer(self, units: Mapping[int, Sequence[FlatUnit]], zero: Any) -> GradientReducer:
+        """The reducer of `units`, by stage; `zero` is the config section `zero_optimization`."""
+        return GradientReducer(
+            units,
+            self.topology,
+            self.policy,
+            tied_units=self.sharding.tied_units,
+            overlap=zero.overlap_comm,
+            bucket_numel=zero.reduce_bucket_size,
+        )
 
     # ---- values -------------------------------------------------------------------------------------------------
 
@@ -203,19 +226,25 @@ class ShardedModel:
             self.reducer.finish()
             self._finished = True
 
+    def stage_squares(self) -> Tensor:
+        """Sums of squares of the reduced gradients of this pipeline rank, with one float64 per flat unit of the model.
+
+        Summed over the ranks that hold the same stages, which all get the same bits. 0 for units of other ranks.
+        """
+        squares = torch.zeros(len(self._unit_index), dtype=torch.float64, device=self.device)
+        for unit in self.units:
+            squares[self._unit_index[unit.layout.name]] += unit.sum_of_squares()
+        for group in [self.topology.dp, self.topology.tp] if self._partitioned else [self.topology.tp]:
+            squares = _sum_in_rank_order(squares, group)
+        return squares
+
     def grad_norm(self) -> float:
         """Global L2 norm of the reduced gradients as they are (loss scale included), each element counted once.
 
         The sum runs over a vector with one float64 per flat unit of the whole model, in one order for every pipeline
         layout, so that the layout of stages does not change a bit. Not finite if any gradient of any rank is not.
         """
-        squares = torch.zeros(len(self._unit_index), dtype=torch.float64, device=self.device)
-        for unit in self.units:
-            squares[self._unit_index[unit.layout.name]] += unit.sum_of_squares()
-        groups = [self.topology.tp, self.topology.pp]
-        for group in [self.topology.dp, *groups] if self._partitioned else groups:
-            squares = _sum_in_rank_order(squares, group)
-        return float(squares.sum().sqrt())
+        return float(_sum_in_rank_order(self.stage_squares(), self.topology.pp).sum().sqrt())
 
     def step(self, lr: float) -> StepOutcome:
         """One optimizer step with learning rate `lr`, clipped by the global norm, on gradients that are complete.
@@ -224,16 +253,32 @@ class ShardedModel:
         Raises TrilithError if the loss scale cannot fall further.
         """
         self.finish()
-        scale = self.scaler.loss_scale
-        norm = self.grad_norm() / scale
-        skipped = self.policy.check_overflow and not isfinite(norm)
-        if not skipped:
-            factor = clip_factor(norm, self._max_norm)
-            self.optimizer.step(lr, scale / factor if factor else inf)
-            self._publish_weights()
+        norm = self.grad_norm() / self.loss_scale
+        self.apply(lr, norm)
+        return self.close_step(norm)
+
+    def apply(self, lr: float, norm: float) -> None:
+        """Do what the global `norm` of the unscaled gradients asks for: update, clipped, or leave everything as it is."""
+        if not self._overflows(norm):
+            self.update(lr, clip_factor(norm, self.max_norm))
+
+    def update(self, lr: float, factor: float) -> None:
+        """Update this rank's partitions with its gradients times `factor`, and the weights on all data ranks."""
+        self.optimizer.step(lr, self.loss_scale / factor if factor else inf)
+        self._publish_weights()
+
+    def close_step(self, norm: float) -> StepOutcome:
+        """End a step whose norm is known and that was applied: its gradients may be forgotten, the scale adapts.
+
+        Raises TrilithError if the loss scale cannot fall further.
+        """
+        scale, skipped = self.loss_scale, self._overflows(norm)
         self._stale, self._finished = True, False
         self.scaler.update(skipped)
         return StepOutcome(norm, skipped, scale)
+
+    def _overflows(self, norm: float) -> bool:
+        return self.policy.check_overflow and not isfinite(norm)
 
     def _publish_weights(self) -> None:
         """Bring the updated weights into the modules of all data ranks."""
@@ -250,13 +295,13 @@ class ShardedModel:
     def state_entries(self) -> list[StateEntry]:
         """(role, spec, 1-D tensor) of everything a checkpoint keeps of this rank, to be filled in place when loading.
 
-        Role `master` for the optimizer's weights, or `weight` where the module's own serve as such, and one role per
-        state of the optimizer. Offsets in a spec count from the beginning of its tensor. Where several ranks hold the
+        Role `master` for the optimizer's weights, or `weight` where the module's own have the same bits, and one role
+        per state of the optimizer. Offsets in a spec count from the beginning of its tensor. Where several ranks hold the
         same, replica 0 marks the one that owns it.
         """
         entries: list[StateEntry] = []
         for unit, state in zip(self.units, self.optimizer.state, strict=True):
-            tensors = {"master" if unit.has_master else "weight": unit.master, **state}
+            tensors = {unit.master_role: unit.master, **state}
             for role, tensor in tensors.items():
                 entries.extend(self._entries(unit, role, tensor))
         for units in self._frozen.values():
@@ -300,10 +345,11 @@ class ShardedModel:
         masters = [unit.master for unit in self.units if unit.has_master]
         moments = [tensor for state in self.optimizer.state for tensor in state.values()]
         return {
-            "parameters": _bytes([unit.weight for unit in (*self.units, *frozen)]),
-            "gradients": _bytes([unit.gradient for unit in self.units]),
-            "optimizer": _bytes([*masters, *moments]),
+            "parameters": bytes_of([unit.weight for unit in (*self.units, *frozen)]),
+            "gradients": bytes_of([unit.gradient for unit in self.units]),
+            "optimizer": bytes_of([*masters, *moments]),
             "buffers": self._buffer_bytes,
+            **self.kept_bytes,
         }
 
     def close(self) -> None:
@@ -311,7 +357,8 @@ class ShardedModel:
         self.reducer.close()
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the elements of `tensors`."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

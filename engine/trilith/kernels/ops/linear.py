@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trilith.kernels.weight_queue import WeightQueue
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+
+class _SplitLinear(torch.autograd.Function):
+    """A product that returns the gradient of its input and queues what the gradient of its weight needs.
+
+    The weight comes in a tuple, which autograd does not look into: it is no input of the node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, anchor: Tensor, held: tuple[Tensor, WeightQueue]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.held = held
+        return functional.linear(x, held[0], bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        weight, queue = ctx.held
+        rows = gradients[0].reshape(-1, weight.shape[0])
+        queue.put(weight, x.detach().reshape(-1, weight.shape[1]), rows.detach())
+        x_gradient = rows.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        bias_gradient = rows.sum(0) if ctx.needs_input_grad[1] else None
+        return x_gradient, bias_gradient, None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, queue: WeightQueue | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out), all of one dtype.
 
-    Every layer's product with a weight comes through here, and through nothing else, because that is where a
-    product may be done differently: with its weight gradient deferred (a split backward), in fp8, on a quantised
-    base, with an adapter. Each of these is one more keyword (None: not asked for) that the layer passes on, and
-    None stays this line.
+    Every layer's product with a weight comes through here, and through nothing else, because that is where a product
+    may be done differently: with its weight gradient deferred, in fp8, on a quantised base, with an adapter.
 
-    A deferred weight gradient is then an autograd.Function that hands only x to autograd. The weight must not be an
-    input of it, or torch fires the weight's hooks when the input gradient is ready, too early; it is reached
-    through the queue that the stage owns, and backward appends (x, gradient of y, their versions, the weight's
-    accumulator) to that queue.
+    With a `queue` (a stage under a schedule that splits backward) the gradient of the weight is not computed in
+    backward: x and the gradient of y go to the queue. The gradients of x and of the bias come as always.
     """
-    return functional.linear(x, weight, bias)
+    if queue is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        return functional.linear(x, weight, bias)
+    return _SplitLinear.apply(x, bias, queue.anchor, (weight, queue))

@@ -1,0 +1,61 @@
+"""Weight gradients that wait: what a backward in two halves leaves for its second half.
+
+Zero-bubble schedules (Qi et al. 2023, arXiv 2401.10241) run the gradient of a stage's input first, because the stage
+before waits for it, and the gradients of its weights whenever there is nothing better to do. A stage owns a queue and
+hands it to its linears (`ops.linear`); in backward each leaves its input and the gradient of its output there. No hook
+and no graph surgery: the weight is not an input of the autograd node, so nothing fires before its gradient is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Tracker = Callable[[Tensor], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """One product whose weight gradient is still to be computed: x (T, in) and the gradient of y (T, out).
+
+    `versions` are those of x and of the gradient when they were queued: the queue escapes autograd's own check.
+    `tracked` keeps what a meter made of the two tensors.
+    """
+
+    weight: Tensor
+    x: Tensor
+    y_gradient: Tensor
+    versions: tuple[int, int]
+    tracked: object = None
+
+    def gradient(self) -> Tensor:
+        """The gradient of the weight (out, in), in the dtype of x: bit for bit what autograd computes."""
+        found = (self.x._version, self.y_gradient._version)
+        assert found == self.versions, f"a queued tensor was changed in place: versions {found}, queued {self.versions}"
+        return self.y_gradient.t().mm(self.x)
+
+
+class WeightQueue:
+    """What the linears of one stage put off in the backward that runs now, in the order of backward.
+
+    `anchor` is an input that requires a gradient: without it a first layer, whose x requires none, would have no node.
+    `tracker`, where it is set, is called with each queued tensor, and what it returns lives as long as the entry.
+    """
+
+    def __init__(self) -> None:
+        self.anchor = torch.empty(0, requires_grad=True)
+        self.tracker: Tracker | None = None
+        self._items: list[Deferred] = []
+
+    def put(self, weight: Tensor, x: Tensor, y_gradient: Tensor) -> None:
+        """Queue a product: x (T, in), gradient of y (T, out); both detached, so that they hold no graph."""
+        tracked = None if self.tracker is None else (self.tracker(x), self.tracker(y_gradient))
+        self._items.append(Deferred(weight, x, y_gradient, (x._version, y_gradient._version), tracked))
+
+    def take(self) -> list[Deferred]:
+        """All that was queued since the last call, first in first out."""
+        items, self._items = self._items, []
+        return items

@@ -1,0 +1,403 @@
+"""The engine of a `PipelineModel`, with the calls that DeepSpeed's PipelineEngine has.
+
+    engine, optimizer, _, _ = trilith.initialize(model=PipelineModel(layers, loss_fn), config=config)
+    for _ in range(steps):
+        loss = engine.train_batch(data_iter)
+
+Every rank makes the same calls. `initialize` here is `trilith.initialize`: other modules go to `zero.module`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trilith import checkpoint, comm
+from trilith.checkpoint.load import DTYPES
+from trilith.config import Config, load_config, resolve
+from trilith.errors import CheckpointError, TrilithError
+from trilith.failpoints import Failpoints
+from trilith.kernels.weight_queue import WeightQueue
+from trilith.layers.deferred_linear import DeferredLinear, defer_linears
+from trilith.layers.recompute import FULL
+from trilith.models.layer_stage import LayerStage, build_layer_stages
+from trilith.models.pipeline_model import PipelineModel
+from trilith.optim.base import Optimizer
+from trilith.optim.groups import multipliers
+from trilith.optim.lr import LearningRate, make_lr
+from trilith.optim.make import make_optimizer
+from trilith.pipeline.action import Schedule
+from trilith.pipeline.executor import Executor
+from trilith.pipeline.passes import complete
+from trilith.pipeline.schedules import forward_only
+from trilith.pipeline.stage import PipelineStage
+from trilith.pipeline.transport import GroupChannels
+from trilith.pipeline_engine.feed import BatchFeed
+from trilith.pipeline_engine.layout import Layout, lay_out
+from trilith.precision import PrecisionPolicy
+from trilith.process_groups import build_topology, leave_world
+from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
+from trilith.stepping.base import LossReport, Parts, Stepper
+from trilith.stepping.delayed import DelayedSteps
+from trilith.stepping.postvalidated import PostvalidatedSteps
+from trilith.stepping.synchronous import SynchronousSteps
+from trilith.topology import Degrees, Topology
+from trilith.zero import module as data_parallel
+from trilith.zero.delayed import DelayedModel
+from trilith.zero.module import device_of, join, leave_at_exit, place, without_groups
+from trilith.zero.stage12 import ShardedModel, Sharding, StepOutcome
+
+
+@overload
+def initialize(
+    model: PipelineModel,
+    config: Config | Mapping[str, Any] | str | Path,
+    optimizer: None = None,
+    lr_scheduler: LearningRate | None = None,
+) -> PipelineEngine:
+    """Layers on stages."""
+
+
+@overload
+def initialize(
+    model: nn.Module,
+    config: Config | Mapping[str, Any] | str | Path,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr_scheduler: Any = None,
+) -> data_parallel.Engine:
+    """Any module, data-parallel."""
+
+
+def initialize(
+    model: PipelineModel | nn.Module,
+    config: Config | Mapping[str, Any] | str | Path,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr_scheduler: Any = None,
+) -> PipelineEngine | data_parallel.Engine:
+    """An engine that trains `model` on every rank of the world; every rank must call it with the same model and config.
+
+    A PipelineModel is cut into stages as `parallel` and `pipeline` say; any other module is trained data-parallel (see
+    `zero.module.initialize`, also for the arguments). The engine may be unpacked as DeepSpeed's result: engine, optimizer,
+    None, learning-rate function.
+
+    Raises ConfigError for a config that breaks a rule, TrilithError for a model or optimizer that cannot be trained so.
+    """
+    if not isinstance(model, PipelineModel):
+        return data_parallel.initialize(model, config, optimizer, lr_scheduler)
+    if optimizer is not None:
+        raise TrilithError(
+            f"optimizer = {type(optimizer).__name__}: the layers of a PipelineModel are built on the rank that holds them, "
+            "after this. Use the config section `optimizer`"
+        )
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        raise TrilithError(
+            f"lr_scheduler = {type(lr_scheduler).__name__}: it must be a function from the number of steps taken to the "
+            "learning rate"
+        )
+    given = config if isinstance(config, Config) else load_config(config)
+    world_size, joined = join(given)
+    full = resolve(given, world_size, needs="engine").config
+    layout = lay_out(model, full)
+    degrees = Degrees(pipeline=full.parallel.pipeline, shard=full.parallel.data)
+    topology = build_topology(
+        degrees, device_of(full), full.parallel.timeout_s, ties=layout.ties, channels=layout.schedule.channels()
+    )
+    return PipelineEngine(model, full, layout, topology, lr_scheduler, owns_world=joined)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """What holds process groups: let go of as a whole. `executors`: of evaluation, by number of microbatches."""
+
+    sharded: ShardedModel
+    feed: BatchFeed
+    steps: Stepper
+    make_executor: Callable[[Schedule], Executor]
+    executors: dict[int, Executor] = field(default_factory=dict)
+
+
+class PipelineEngine:
+    """Trains a PipelineModel. `module` holds this rank's layers, named by their index in the model.
+
+    `outcome`: what the last step did; `skipped_steps`: those of `global_steps` whose gradients overflowed.
+    """
+
+    def __init__(
+        self,
+        model: PipelineModel,
+        config: Config,
+        layout: Layout,
+        topology: Topology,
+        lr: LearningRate | None = None,
+        owns_world: bool = False,
+    ) -> None:
+        """Use `initialize`, which resolves the config, lays the model out and builds the topology."""
+        self.config, self.layout, self.topology = config, layout, topology
+        self._owns_world = owns_world
+        self._lr = lr or make_lr(config.scheduler, config.optimizer.params.lr)
+        here = layout.schedule.stages_of(topology.coordinate("pp"))
+        self._stages = build_layer_stages(model, layout.cuts, here, layout.holders, config.training.seed)
+        for module in self._stages.values():
+            place(module, config, topology)
+            module.recompute = config.activation_checkpointing.recompute == FULL
+        _make_copies_equal(self._stages, layout, topology)
+        self._deferred: list[DeferredLinear] = []
+        self._live: _Running | None = self._start()
+        self.module = nn.ModuleDict({name: layer for m in self._stages.values() for name, layer in m.layers().items()})
+        self.outcome: StepOutcome | None = None
+        self.global_steps = self.skipped_steps = 0
+        if owns_world:
+            atexit.register(self._leave_at_exit)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Engine, optimizer, data loader (None) and learning-rate function, as DeepSpeed's `initialize` returns them."""
+        return iter((self, self.optimizer, None, self._lr))
+
+    def _start(self) -> _Running:
+        """Storage, stages, data, and the stepper that the schedule asks for."""
+        layout, config, topology = self.layout, self.config, self.topology
+        queues = {index: WeightQueue() if layout.schedule.splits_backward else None for index in self._stages}
+        for index, queue in queues.items():
+            if queue is not None:
+                self._deferred += defer_linears(self._stages[index], queue)
+        groups, make_optimizer_ = multipliers(config.optimizer.param_groups), make_optimizer(config.optimizer)
+        sharding = Sharding(layout.unit_names, layout.tied_units, groups, make_optimizer_)
+        make_model = DelayedModel if layout.schedule.update_every else ShardedModel
+        sharded = make_model(self._stages, topology, PrecisionPolicy.from_config(config), config, sharding)
+        last = len(layout.cuts) - 1
+        stages = {
+            index: PipelineStage(index, module, sharded.stage(index), index == 0, index == last, queues[index])
+            for index, module in self._stages.items()
+        }
+        channels = GroupChannels(topology)
+
+        def make_executor(schedule: Schedule) -> Executor:
+            return Executor(schedule, stages, channels)
+
+        feed = BatchFeed(stages, layout.schedule.placement, topology)
+        parts = Parts(sharded, layout.schedule, make_executor, feed, self._lr, topology, Failpoints())
+        return _Running(sharded, feed, self._make_stepper(parts), make_executor)
+
+    def _make_stepper(self, parts: Parts) -> Stepper:
+        if parts.schedule.update_every:
+            return DelayedSteps(parts)
+        if self.config.pipeline.optimizer_sync == "postvalidate":
+            return PostvalidatedSteps(parts)
+        return SynchronousSteps(parts)
+
+    # ---- training and evaluation --------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterable[Any] | None = None) -> float:
+        """Train one step and return its loss, the mean over all microbatches and data ranks, the same on every rank.
+
+        `data_iter` yields microbatches (inputs, labels), `gradient_accumulation_steps` of which are taken. Ranks that
+        hold the first or the last stage read it, all others may pass None. Shapes of inputs may change from step to step.
+        """
+        (loss,) = self.train_batches(data_iter, 1)
+        return loss
+
+    def train_batches(self, data_iter: Iterable[Any] | None, num_steps: int) -> Iterator[float]:
+        """Train `num_steps` steps without draining the pipeline between them, where the schedule allows it; their losses.
+
+        With an asynchronous schedule, and with `pipeline.optimizer_sync` = postvalidate, a loss comes later than the next
+        step began. The iterator must be exhausted before another call. With an asynchronous schedule all steps must have
+        inputs of one shape.
+        """
+        running = self._running
+        self._train_mode(True)
+        count, is_delayed = self.layout.schedule.num_microbatches, self.layout.schedule.update_every > 0
+        running.feed.begin(data_iter, count, trains=True, is_span=is_delayed)
+        for finished in running.steps.train(self.global_steps, num_steps):
+            self.outcome = finished.outcome
+            self.global_steps += 1
+            self.skipped_steps += finished.outcome.skipped
+            yield finished.loss
+
+    def eval_batch(self, data_iter: Iterable[Any] | None = None, num_microbatches: int | None = None) -> float:
+        """The mean loss over the next `num_microbatches` (None: as many as a step has) and all data ranks.
+
+        Runs the layers in evaluation mode, without gradients, on the same stages; who reads is as in `train_batch`.
+        """
+        running = self._running
+        self._train_mode(False)
+        count = num_microbatches or self.layout.schedule.num_microbatches
+        if count not in running.executors:
+            schedule = complete(forward_only(self.layout.schedule.placement, count))
+            running.executors[count] = running.make_executor(schedule)
+        running.feed.begin(data_iter, count, trains=False)
+        batch = running.feed.step(self.global_steps)
+        result = running.executors[count].run(batch.microbatches, batch.boundary)
+        return LossReport(result.losses, self.topology).result()[0]
+
+    def _train_mode(self, training: bool) -> None:
+        for module in self._stages.values():
+            module.train(training)
+
+    # ---- what it knows ------------------------------------------------------------------------------------------
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the first stage."""
+        return 0 in self._stages
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last stage."""
+        return len(self.layout.cuts) - 1 in self._stages
+
+    @property
+    def sharded(self) -> ShardedModel:
+        """This rank's weights, gradients and optimizer states."""
+        return self._running.sharded
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of this rank's partitions."""
+        return self._running.sharded.optimizer
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self._lr(self._running.sharded.optimizer_steps)
+
+    @property
+    def global_grad_norm(self) -> float | None:
+        """L2 norm of the last step's averaged gradients before clipping; None where none was taken."""
+        return None if self.outcome is None else self.outcome.grad_norm
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, save_dir: str | Path, client_state: Mapping[str, Any] | None = None) -> Path:
+        """Publish a checkpoint of this step under `save_dir` and return its directory; every rank must call it.
+
+        Any layout, schedule and ZeRO stage can load it. Buffers are those of data rank 0. `client_state`: whatever JSON
+        can say, kept along. Raises CheckpointError on every rank if it cannot be written.
+        """
+        entries = [
+            checkpoint.Entry(spec.with_role(role), tensor)
+            for role, spec, tensor in self._running.sharded.owned_entries()
+        ]
+        state = {
+            "parameters": self._parameters(),
+            "global_steps": self.global_steps,
+            "skipped_steps": self.skipped_steps,
+            "model": self._running.sharded.state_dict(),
+            "client": dict(client_state or {}),
+        }
+        keep, control = self.config.checkpoint.keep_last, self.topology.control
+        entries += self._buffers()
+        return checkpoint.save(Path(save_dir), self.global_steps, entries, state, control, keep_last=keep)
+
+    def load_checkpoint(self, load_dir: str | Path, step: int | None = None) -> tuple[Path, dict[str, Any]]:
+        """Continue from the checkpoint of `step` (None: the newest) under `load_dir`; its directory and client state.
+
+        Every rank must call it. Raises CheckpointError where there is none, it is damaged, or of another model.
+        """
+        root, found = Path(load_dir), None
+        if self.topology.control.index == 0:
+            found = checkpoint.newest(root) if step is None else checkpoint.step_directory(root, step)
+        name = comm.broadcast_object(None if found is None else str(found), 0, self.topology.control)
+        if name is None:
+            raise CheckpointError(f"{root}: holds no checkpoint")
+        directory, sharded = Path(name), self._running.sharded
+        state = checkpoint.read_manifest(directory).state
+        self._require_same_model(directory, state)
+        entries = [checkpoint.Entry(spec.with_role(role), tensor) for role, spec, tensor in sharded.state_entries()]
+        checkpoint.load(directory, [*entries, *self._buffers()])
+        sharded.load_state_dict(state["model"])
+        sharded.after_load()
+        self.global_steps, self.skipped_steps = state["global_steps"], state["skipped_steps"]
+        return directory, dict(state["client"])
+
+    def _parameters(self) -> dict[str, list[int]]:
+        """Canonical name -> shape of every parameter of the whole model."""
+        return {p.canonical: list(p.shape) for layer in self.layout.declared for p in layer.parameters}
+
+    def _require_same_model(self, directory: Path, state: Mapping[str, Any]) -> None:
+        if "parameters" not in state:
+            raise CheckpointError(f"{directory}: was not saved by the engine of a PipelineModel")
+        saved, mine = state["parameters"], self._parameters()
+        for name in sorted({*saved, *mine}):
+            if saved.get(name) != mine.get(name):
+                raise CheckpointError(
+                    f"{directory}: parameter {name} has shape {saved.get(name)} in the checkpoint, {mine.get(name)} in "
+                    "this model (None: there is no such parameter)"
+                )
+
+    def _buffers(self) -> list[checkpoint.Entry]:
+        """Everything in the state of this rank's layers that is no parameter of ZeRO's, to be saved or filled in place."""
+        entries = []
+        for module in self._stages.values():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if not (isinstance(tensor, nn.Parameter) and tensor.is_floating_point()):
+                    flat = tensor.detach().view(-1)
+                    shape = tuple(tensor.shape)
+                    if flat.dtype not in DTYPES.values():
+                        flat = flat.view(torch.uint8)
+                        shape = (flat.numel(),)
+                    piece = Piece(whole(shape), 0, contiguous_strides(shape), self.topology.dp.index)
+                    entries.append(checkpoint.Entry(ShardSpec(name, shape, (piece,), "buffer"), flat))
+        return entries
+
+    # ---- the end ------------------------------------------------------------------------------------------------
+
+    @property
+    def _running(self) -> _Running:
+        if self._live is None:
+            raise TrilithError("the engine is closed. Make another one with trilith.initialize")
+        return self._live
+
+    def close(self) -> None:
+        """Remove all hooks; `module` keeps its weights and works without the engine. Every rank must call it.
+
+        Leaves the process group if `initialize` made it.
+        """
+        if self._owns_world and self._live is not None:
+            atexit.unregister(self._leave_at_exit)
+            leave_world()
+        self.forget_groups()
+
+    def forget_groups(self) -> None:
+        """Let go of all process groups, for good, and of what needs them.
+
+        gloo's threads abort a process in which a group lives on until the interpreter is gone.
+        """
+        live, self._live = self._live, None
+        if live is not None:
+            live.sharded.close()
+            for linear in self._deferred:
+                linear.queue = None
+            self.topology = without_groups(self.topology)
+            del live
+            gc.collect()  # executors and their tables hold each other
+
+    def _leave_at_exit(self) -> None:
+        if dist.is_initialized():
+            leave_at_exit()
+            self.forget_groups()
+
+
+def _make_copies_equal(stages: Mapping[int, LayerStage], layout: Layout, topology: Topology) -> None:
+    """Give all copies of a tied parameter the values of the first, over the ranks that hold one."""
+    copies: dict[str, list[torch.Tensor]] = {}
+    for index in sorted(stages):
+        named = dict(stages[index].named_parameters())
+        for parameter in stages[index].local_parameters:
+            if parameter.flat_unit in layout.tied_units:
+                copies.setdefault(parameter.flat_unit, []).append(named[parameter.name].detach())
+    for name in sorted(copies):
+        first, *others = copies[name]
+        group = topology.tie(name)
+        if group.size > 1:
+            source = layout.schedule.placement[layout.holders[name][0]]
+            comm.broadcast(first, layout.ties[name].index(source), group)
+        for other in others:
+            other.copy_(first)
