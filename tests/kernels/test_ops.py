@@ -401,12 +401,15 @@ def split_cross_entropy(logits: Tensor, labels: Tensor, scale: Tensor, degree: i
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("degree", [1, 2, 3, 5])
+@pytest.mark.parametrize("degree", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("size", [1.0, 300.0])
 def test_cross_entropy(
     size: float, degree: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with padding, with a rank that holds no label (vocabulary 6 on 5 ranks), and cut into small pieces."""
+    """Also with padding, with a rank that holds no label (vocabulary 6 on 5 ranks), and cut into small pieces.
+
+    Degree 0 stands for the functions of a whole vocabulary.
+    """
     generator = torch.Generator().manual_seed(degree)
     for vocab, piece in ((37, None), (6, None), (1031, None), (37, 50)):
         if piece is not None:
@@ -423,12 +426,23 @@ def test_cross_entropy(
             return losses.detach(), torch.autograd.grad(losses, leaf, scale.to(losses.dtype))[0]
 
         truths, plains = plain(logits.double()), plain(logits)
-        ours = split_cross_entropy(logits, labels, scale, degree)
+        if degree == 0:
+            ours = ops.token_losses(logits, labels), ops.token_loss_gradient(logits, labels, scale)
+        else:
+            ours = split_cross_entropy(logits, labels, scale, degree)
         assert ours[0].dtype == scale.dtype and ours[1].dtype == dtype
         for value, other, truth, factor in zip(ours, plains, truths, (2, 3), strict=True):
             roundings = 64.0 if dtype == torch.float64 else 1.0
             floor = roundings * torch.finfo(dtype).eps * float(truth.abs().max())
             assert error(value, truth) <= max(factor * error(other, truth), floor)
+
+
+def test_a_label_outside_of_a_whole_vocabulary_has_no_loss() -> None:
+    logits, labels = torch.randn(3, 7, dtype=torch.float64), torch.tensor([7, -100, 2])
+    losses = ops.token_losses(logits, labels)
+    assert losses[0] == losses[1] == 0.0 and losses[2] > 0.0
+    gradient = ops.token_loss_gradient(logits, labels, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+    assert not gradient[:2].any() and gradient[2, 2] < 0.0
 
 
 def test_cross_entropy_pieces_equal_the_reference() -> None:

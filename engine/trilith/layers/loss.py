@@ -26,7 +26,23 @@ def vocab_parallel_cross_entropy(
     tokens. Tokens where `loss_mask` (B, S) bool is False have loss and gradient 0, whatever their label. All ranks
     of `group` must call it, with the same labels and mask.
     """
+    if group.size == 1 and logits.shape[-1] == shard.vocab_size:
+        return _WholeCrossEntropy.apply(logits, labels, loss_mask)
     return _CrossEntropy.apply(logits, labels, loss_mask, shard, group)
+
+
+class _WholeCrossEntropy(torch.autograd.Function):
+    """One rank holds all columns: keeps the logits only; softmax is made again in backward, in the gradient itself."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(logits, labels, loss_mask)
+        return _counted(ops.token_losses(logits, labels), loss_mask)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, loss_mask = ctx.saved_tensors
+        return ops.token_loss_gradient(logits, labels, _counted(gradients[0], loss_mask)), None, None
 
 
 class _CrossEntropy(torch.autograd.Function):

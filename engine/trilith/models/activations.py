@@ -116,11 +116,12 @@ def _dropout_mask(model: ModelConfig, setting: ActivationSetting) -> int:
 
 
 def _head(model: ModelConfig, setting: ActivationSetting) -> ActivationBytes:
-    """Norm, output product and cross-entropy, which keeps the logits, the labels and three numbers a token."""
+    """Norm, output product and cross-entropy, which keeps logits and labels, and of a split vocabulary the sums."""
     rows = vocabulary_split(model).held(0, setting.tensor)[2]
     tokens, element = _tokens(model, setting), setting.dtype_bytes
     x, logits = tokens * model.hidden_size * element, tokens * rows * element
-    loss = tokens * (INT64_BYTES + BOOL_BYTES + 3 * setting.wide_bytes)
+    sums = 3 * setting.wide_bytes if setting.tensor > 1 else 0
+    loss = tokens * (INT64_BYTES + BOOL_BYTES + sums)
     norm = _region_tokens(model, setting) * _norm(model, setting)
     return ActivationBytes(norm + x + logits + loss, x + logits)
 

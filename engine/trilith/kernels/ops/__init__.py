@@ -7,7 +7,13 @@ an op goes into that op's file here and is held to the same tests.
 
 from trilith.kernels.ops.activation import gelu, swiglu
 from trilith.kernels.ops.attention import attention
-from trilith.kernels.ops.cross_entropy import cross_entropy_gradient, cross_entropy_terms, local_logit_max
+from trilith.kernels.ops.cross_entropy import (
+    cross_entropy_gradient,
+    cross_entropy_terms,
+    local_logit_max,
+    token_loss_gradient,
+    token_losses,
+)
 from trilith.kernels.ops.dropout import dropout
 from trilith.kernels.ops.linear import linear
 from trilith.kernels.ops.norm import layer_norm, rms_norm
@@ -25,4 +31,6 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
+    "token_loss_gradient",
+    "token_losses",
 ]

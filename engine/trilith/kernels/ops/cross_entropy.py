@@ -1,8 +1,11 @@
-"""Local pieces of cross-entropy over a vocabulary split over tensor ranks; layers/loss.py communicates between.
+"""Cross-entropy over a vocabulary, whole or split over tensor ranks: layers/loss.py communicates between the parts.
 
     largest = local_logit_max(...)              all-reduce max
     total, target = cross_entropy_terms(...)    all-reduce sum of both; loss = ln(total) - target
     cross_entropy_gradient(...)                 with largest and total
+
+Where a rank holds the whole vocabulary without padding, `token_losses` and `token_loss_gradient` do the same in fewer
+passes.
 
 A rank's logits (..., V) are the columns of the labels [first_label, first_label + num_valid); columns from
 `num_valid` on are padding and count nowhere. Tokens are worked through in pieces whose temporaries stay in the
@@ -19,9 +22,9 @@ from torch import Tensor
 from trilith.kernels import reference
 from trilith.kernels.reference import accumulation_dtype, local_logit_max
 
-__all__ = ["cross_entropy_gradient", "cross_entropy_terms", "local_logit_max"]
+__all__ = ["cross_entropy_gradient", "cross_entropy_terms", "local_logit_max", "token_loss_gradient", "token_losses"]
 
-_CPU_PIECE = 1 << 16
+_CPU_PIECE = 1 << 17
 _GPU_PIECE = 1 << 24
 
 
@@ -83,4 +86,37 @@ def cross_entropy_gradient(
         if into is None:
             target[piece, :num_valid] = values
     target[:, num_valid:] = 0
+    return gradient
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(logits)[label] of each token, (...) in fp32, or fp64 where the logits are; no gradient flows.
+
+    `logits` (..., V) are those of the whole vocabulary, `labels` (...) int64. A label that is not in [0, V) must be
+    masked by the caller: its loss is 0.
+    """
+    table, wide = logits.reshape(-1, logits.shape[-1]), accumulation_dtype(logits.dtype)
+    column, held = reference.local_label_column(labels.reshape(-1, 1), 0, logits.shape[-1])
+    losses = torch.empty(len(table), 1, dtype=wide, device=logits.device)
+    for piece in _pieces(table):
+        torch.gather(torch.log_softmax(table[piece], -1, dtype=wide), 1, column[piece], out=losses[piece])
+    return losses.neg_().masked_fill_(~held, 0.0).view(labels.shape)
+
+
+def token_loss_gradient(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """(softmax - onehot) * scale in the logits' shape and dtype, for the arguments of `token_losses`.
+
+    `scale` (...) is the gradient of each token's loss (0 masks the token).
+    """
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    source, target = logits.reshape(-1, logits.shape[-1]), gradient.view(-1, logits.shape[-1])
+    column, held = reference.local_label_column(labels.reshape(-1, 1), 0, logits.shape[-1])
+    wide, factor = accumulation_dtype(logits.dtype), scale.reshape(-1, 1)
+    at_label = factor.masked_fill(~held, 0.0).neg_()
+    for piece in _pieces(source):
+        into = target[piece] if logits.dtype == wide else None
+        values = torch.softmax(source[piece], -1, dtype=wide, out=into)
+        values.mul_(factor[piece]).scatter_add_(1, column[piece], at_label[piece])
+        if into is None:
+            target[piece] = values
     return gradient
