@@ -6,7 +6,7 @@ import itertools
 import random
 from typing import Any
 
-from tests.cells import Cell
+from tests.cells import MAX_RANKS, Cell
 from trilith.pipeline.schedules import SCHEDULES
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -14,6 +14,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "pipeline": (2, 3, 4),
     "microbatches": ("minimum", "p+1", "2p", "2p+3"),
     "tensor": (1, 2),
+    "data": (1, 2),
     "zero": (0, 1),
     "tied": (False, True),
     "recompute": ("none", "selective", "full"),
@@ -74,5 +75,11 @@ def _cell(values: dict[str, Any]) -> Cell:
 
 
 def fits(values: dict[str, Any]) -> bool:
-    """Whether a (partial) choice means something."""
-    return not (values.get("sequence_parallel") and values.get("tensor", 2) == 1)
+    """Whether a (partial) choice means something on at most eight ranks; ZeRO-1 partitions over two data ranks."""
+    tensor = values.get("tensor", 2 if values.get("sequence_parallel") else 1)
+    data = values.get("data", 2 if values.get("zero") else 1)
+    if values.get("sequence_parallel") and tensor == 1:
+        return False
+    if values.get("zero") and data == 1:
+        return False
+    return values.get("pipeline", 2) * tensor * data <= MAX_RANKS

@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="times of forward, input gradient, weight gradient of a stage, and of a message (default 1,1,1,0)",
     )
     schedule.add_argument("--png", type=Path, help="write the timeline as a picture")
+    schedule.add_argument("--write", type=Path, metavar="FILE", help="write it as a text file, to change and to run")
     schedule.add_argument("--json", action="store_true", help="print one JSON object")
     schedule.set_defaults(run=_schedule)
 
@@ -158,7 +159,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _schedule(args: argparse.Namespace) -> int:
     from trilith.pipeline import timeline
-    from trilith.pipeline.schedule_file import read_schedule
+    from trilith.pipeline.schedule_file import read_schedule, write_schedule
 
     sizes = {"--stages": args.stages, "--microbatches": args.microbatches}
     if args.file is None:
@@ -171,6 +172,8 @@ def _schedule(args: argparse.Namespace) -> int:
         if given:
             raise ScheduleError(f"schedule --file {args.file}: the file says {' and '.join(given)}. Leave it out")
         schedule = read_schedule(args.file)
+    if args.write is not None:
+        write_schedule(schedule, args.write)
     shown = timeline.show(schedule, timeline.parse_costs(args.costs), args.png)
     print(json.dumps(shown.summary, indent=1) if args.json else shown.text)
     return 0

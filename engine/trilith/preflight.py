@@ -17,7 +17,7 @@ from trilith.config.base import AUTO
 from trilith.config.layout_keys import FROM_FILE
 from trilith.data.batch import check_data, open_batches
 from trilith.errors import ConfigError, DataError, ScheduleError, Violation
-from trilith.models.activations import ActivationBytes, stage_activations
+from trilith.models.activations import ActivationBytes, boundary_bytes, stage_activations
 from trilith.models.base import UnitDecl, num_parameters, stage_parameters, train_flops_per_token
 from trilith.models.families import declare, rules
 from trilith.pipeline.action import Schedule
@@ -44,6 +44,7 @@ from trilith.topology import Degrees, PlannedGroup, group_plan
 from trilith.zero.partition import tied_flat_units
 
 FILE_KEY = "pipeline.schedule_file"
+FIX_FILE = "Mend the file, or name a schedule."
 GROUPS_SHOWN = 12
 
 
@@ -196,7 +197,7 @@ def _file_problems(config: Config) -> list[Violation]:
     try:
         schedule = read_schedule(path)
     except ScheduleError as error:
-        return [Violation(FILE_KEY, path, str(error))]
+        return [Violation(FILE_KEY, path, str(error), FIX_FILE)]
     found = []
     per_rank = schedule.num_stages / schedule.num_ranks
     for key, value, in_file, what in (
@@ -231,7 +232,7 @@ def _completed(schedule: Schedule, config: Config) -> Schedule:
     except ScheduleError as error:
         if config.pipeline.schedule != FROM_FILE:
             raise
-        raise ConfigError([Violation(FILE_KEY, config.pipeline.schedule_file, str(error))]) from None
+        raise ConfigError([Violation(FILE_KEY, config.pipeline.schedule_file, str(error), FIX_FILE)]) from None
     return schedule
 
 
@@ -448,7 +449,8 @@ def _schedule_lines(plan: Plan) -> list[str]:
     ]
     return [
         f"schedule     {schedule.name}, {', '.join(kinds)}; "
-        f"predicted bubble {simulation.bubble:.1%} of the span, {simulation.bubble_makespan:.1%} of the makespan",
+        f"predicted bubble {simulation.bubble:.1%} of the span, {simulation.bubble_makespan:.1%} of the makespan; "
+        f"{human_bytes(boundary_bytes(config.model, activation_setting(config)))} a message between stages",
     ]
 
 

@@ -258,9 +258,8 @@ class Run:
     @contextmanager
     def _watched_activations(self) -> Iterator[None]:
         """Within it, what autograd and the queues of weight gradients keep is counted."""
-        parameters = [p for stage in self.trainer.stages.values() for p in stage.parameters()]
         queues = [stage.queue for stage in self.trainer.pipeline.values() if stage.queue is not None]
-        with ActivationMeter(parameters) as meter:
+        with ActivationMeter(self.trainer.model.weight_buffers()) as meter:
             for queue in queues:
                 queue.tracker = meter.track
             try:
@@ -383,7 +382,8 @@ def generate(trainer: Trainer, prompt: Sequence[int], count: int) -> list[int]:
     """
     topology, length = trainer.topology, trainer.config.model.sequence_length
     dense = topology.degrees.dense
-    source = dense.rank_of((topology.degrees.pipeline - 1, *(0,) * (len(dense.axes) - 1)))
+    last = trainer.plan.schedule.placement[-1]  # the pipeline rank of the last stage
+    source = dense.rank_of((last, *(0,) * (len(dense.axes) - 1)))
     draw = torch.Generator().manual_seed(trainer.config.training.seed)
     tokens = list(prompt)
     for _ in range(count):

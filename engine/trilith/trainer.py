@@ -36,8 +36,7 @@ from trilith.precision import PrecisionPolicy
 from trilith.preflight import Plan
 from trilith.process_groups import build_topology
 from trilith.stepping.base import Finished, LossReport, Parts, Stepper
-from trilith.stepping.delayed import DelayedSteps
-from trilith.stepping.postvalidated import PostvalidatedSteps
+from trilith.stepping.make import make_stepper
 from trilith.stepping.synchronous import Accumulated, SynchronousSteps
 from trilith.zero.delayed import DelayedModel
 from trilith.zero.stage12 import ShardedModel
@@ -117,11 +116,7 @@ class Trainer:
             self.topology,
             self.failpoints,
         )
-        if self.plan.is_delayed:
-            return DelayedSteps(parts)
-        if self.config.pipeline.optimizer_sync == "postvalidate":
-            return PostvalidatedSteps(parts)
-        return SynchronousSteps(parts)
+        return make_stepper(parts, self.config.pipeline.optimizer_sync)
 
     def make_executor(self, schedule: Schedule) -> Executor:
         """An executor of `schedule` (complete) on this rank's stages."""
@@ -270,6 +265,7 @@ class Trainer:
     def resume(self, directory: Path) -> None:
         """Continue from the checkpoint in `directory`: weights, optimizer states, scaler, step and data position.
 
+        Any layout, schedule and ZeRO stage may have written it.
         Raises CheckpointError if it belongs to another model, data set or batch size.
         """
         self.failpoints.hit("checkpoint_load")

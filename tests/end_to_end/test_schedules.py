@@ -12,6 +12,7 @@ from tests.harness import run_ranks
 from tests.runs import reference, run, worst_relative
 from tests.schedule_cells import covering_cells, every_cell
 from trilith import preflight
+from trilith.runner import generate
 from trilith.trainer import Place, Trainer
 
 RTOL = 1e-10
@@ -74,16 +75,17 @@ FAMILIES = {
 
 @pytest.mark.parametrize("names", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize(
-    ("pipeline", "tensor", "recompute", "dtype"), [(4, 1, "full", "fp32"), (2, 2, "selective", "bf16")]
+    ("data", "pipeline", "tensor", "recompute", "dtype"),
+    [(1, 4, 1, "full", "fp32"), (2, 2, 2, "selective", "bf16")],
 )
 def test_bits_are_equal_across_schedules(
-    names: tuple[str, ...], pipeline: int, tensor: int, recompute: str, dtype: str
+    names: tuple[str, ...], data: int, pipeline: int, tensor: int, recompute: str, dtype: str
 ) -> None:
     """Loss, gradients and weights of every synchronous schedule of one partition: the same bits, dropout on."""
     results = {}
     stages = 2 if "zb_v" in names else 1
     for name in names:
-        cell = Cell(1, pipeline, tensor, name, stages, 2 * pipeline + 1, 1, True, tensor > 1, recompute, 0.1, "gpt2")
+        cell = Cell(data, pipeline, tensor, name, stages, 2 * pipeline + 1, 1, True, tensor > 1, recompute, 0.1, "gpt2")
         content = config(cell, training__steps=3)
         content["data_types"] = {"param_dtype": dtype}
         ranks = run_ranks(preflight.plan(content).world_size, train_and_hash, content)
@@ -98,3 +100,26 @@ def test_bits_are_equal_across_schedules(
         assert gradients.keys() == first[1].keys() and weights.keys() == first[2].keys()
         assert [key for key in gradients if gradients[key] != first[1][key]] == [], name
         assert [key for key in weights if weights[key] != first[2][key]] == [], name
+
+
+def train_and_generate(rank: int, world_size: int, content: dict[str, Any]) -> tuple[list[int], float]:
+    trainer = Trainer(preflight.plan(content), Place(rank, world_size))
+    try:
+        for _ in trainer.train(3):
+            pass
+        return generate(trainer, [1, 2, 3], 5), trainer.evaluate().eval_loss
+    finally:
+        trainer.close()
+
+
+def test_evaluation_and_generation_go_where_the_last_stage_lies() -> None:
+    """In a V the last stage is on the first rank; asynchronous weights are the newest ones."""
+    found = {}
+    for name, stages in (("interleaved_1f1b", 2), ("zb_v", 2), ("dualpipe_v", 2), ("pipedream_2bw", 1)):
+        content = config(Cell(1, 2, 1, name, stages, 4, family="llama"), training__steps=3)
+        content["model"]["num_layers"] = 4
+        content["training"]["eval_batches"] = 1
+        ranks = run_ranks(2, train_and_generate, content)
+        assert ranks[0] == ranks[1] and len(ranks[0][0]) == 8
+        found[name] = ranks[0]
+    assert found["interleaved_1f1b"] == found["zb_v"] == found["dualpipe_v"]

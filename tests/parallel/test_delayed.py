@@ -76,6 +76,7 @@ class Outcome:
     tensor) of the modules' weights and of all that is saved."""
 
     losses: list[float]
+    lrs: list[float]
     norms: list[float | None]
     scales: list[tuple[float | None, bool]]
     modules: list[tuple[ShardSpec, Tensor]]
@@ -105,9 +106,9 @@ def train(rank: int, world_size: int, content: dict[str, Any], order: Order) -> 
     memory = trainer.model.memory_bytes()
     trainer.close()
     assert [r.step for r in records] == list(range(trainer.state.step - len(records) + 1, trainer.state.step + 1))
-    losses, norms = [r.loss for r in records], [r.grad_norm for r in records]
+    losses, lrs, norms = [r.loss for r in records], [r.lr for r in records], [r.grad_norm for r in records]
     scales = [(r.loss_scale, r.skipped) for r in records]
-    return Outcome(losses, norms, scales, modules, states, memory, numel, saved, evaluation)
+    return Outcome(losses, lrs, norms, scales, modules, states, memory, numel, saved, evaluation)
 
 
 def run(content: dict[str, Any], order: Order) -> list[Outcome]:
@@ -118,7 +119,7 @@ def run(content: dict[str, Any], order: Order) -> list[Outcome]:
 
 
 def _figures(outcome: Outcome) -> tuple[Any, ...]:
-    return outcome.losses, outcome.norms, outcome.scales, outcome.evaluation
+    return outcome.losses, outcome.lrs, outcome.norms, outcome.scales, outcome.evaluation
 
 
 def states_of(outcomes: Sequence[Outcome], role: str) -> reference.Weights:
@@ -242,7 +243,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(cell: Cell, dtype: str, tmp_
     whole = run(content, Order((2, 3), save=str(tmp_path), more=(1, 4)))
     resumed = run(content, Order((1, 4), resume=whole[0].saved))
     for a, b in zip(whole, resumed, strict=True):
-        assert repr((a.losses[5:], a.norms[5:], a.scales[5:], a.evaluation)) == repr(_figures(b))
+        assert repr((a.losses[5:], a.lrs[5:], a.norms[5:], a.scales[5:], a.evaluation)) == repr(_figures(b))
         assert [spec for spec, _ in a.states] == [spec for spec, _ in b.states]
         for (spec, left), (_, right) in zip(a.states, b.states, strict=True):
             assert torch.equal(left, right), (spec.role, spec.name)

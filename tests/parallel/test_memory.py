@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from tests.cells import Cell, config
 from tests.harness import run_ranks
@@ -25,18 +24,12 @@ def content(schedule: str, recompute: str, **pipeline: Any) -> dict[str, Any]:
     return found
 
 
-def weights(trainer: Trainer) -> list[torch.Tensor]:
-    """All weights that a rank holds, in all their versions."""
-    units = [unit for slot in getattr(trainer.model, "_slots", ()) for unit in slot.units]
-    return [*(p for stage in trainer.stages.values() for p in stage.parameters()), *(unit.weight for unit in units)]
-
-
 def step(rank: int, world_size: int, source: dict[str, Any]) -> dict[str, Any]:
     """What one step of training kept on this rank, and what its plan says."""
     plan = preflight.plan(source)
     trainer = Trainer(plan, Place(rank, world_size))
     queues = [stage.queue for stage in trainer.pipeline.values() if stage.queue is not None]
-    with ActivationMeter(weights(trainer)) as meter:
+    with ActivationMeter(trainer.model.weight_buffers()) as meter:
         for queue in queues:
             queue.tracker = meter.track
         trainer.train_step()

@@ -103,17 +103,22 @@ def whole(results: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for result in results:
         for tensor_name, tensor in result[key].items():
-            if tensor_name.endswith("calls"):
-                continue
             assert torch.equal(found.setdefault(tensor_name, tensor), tensor), tensor_name
     return dict(sorted(found.items()))
+
+
+def require_calls(case: Case, state: dict[str, Tensor]) -> None:
+    """Layers that count count every microbatch of a data rank once, or twice where they run again in backward."""
+    expected = STEPS * case.microbatches * (2 if case.recompute == "full" else 1)
+    assert {key: int(count) for key, count in state.items() if key.endswith("calls")} == {
+        f"{layer}.calls": expected for layer in (3, 4)
+    }
 
 
 def check(case: Case, results: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Everything equals the plain loop; returns the initial weights."""
     before = whole(results, "before")
-    calls = {f"{layer}.calls": torch.zeros((), dtype=torch.int64) for layer in (3, 4)}
-    plain = Plain(case.frozen, {**before, **calls})
+    plain = Plain(case.frozen, before)
     for step in range(STEPS):
         loss = plain.gradients(case.batches, case.data, step)
         norm = float(torch.nn.utils.clip_grad_norm_(plain.trained, CLIPPING))
@@ -129,6 +134,7 @@ def check(case: Case, results: list[dict[str, Any]]) -> dict[str, Tensor]:
     state = {key: value for key, value in plain.module.state_dict().items() if not key.endswith("calls")}
     after = whole(results, "after")
     assert_close_named({key: (after[key], state[key]) for key in sorted(state)})
+    require_calls(case, after)
     with torch.no_grad():
         plain.module.eval()
         losses = [
@@ -211,13 +217,13 @@ def compare(case: Case, plain: Plain, results: list[dict[str, Any]], losses: lis
     state = {key: value for key, value in plain.module.state_dict().items() if not key.endswith("calls")}
     after = whole(results, "after")
     assert_close_named({key: (after[key], state[key]) for key in sorted(state)})
+    require_calls(case, after)
     for result in results:
         assert result["losses"] == pytest.approx(losses, rel=1e-10)
 
 
 def plain_of(case: Case, results: list[dict[str, Any]]) -> Plain:
-    calls = {f"{layer}.calls": torch.zeros((), dtype=torch.int64) for layer in (3, 4)}
-    return Plain(case.frozen, {**whole(results, "before"), **calls})
+    return Plain(case.frozen, whole(results, "before"))
 
 
 @pytest.mark.parametrize("data", [1, 2])

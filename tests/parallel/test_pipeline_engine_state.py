@@ -6,18 +6,21 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import trilith
 from tests.harness import ROOT, assert_close_named, run_ranks
 from tests.layer_cases import Data, model
 from tests.parallel.test_pipeline_engine import Case, state_of, whole
 from trilith.errors import TrilithError
+from trilith.models.pipeline_model import LayerSpec
+from trilith.stepping.postvalidated import PostvalidatedSteps
 
 STEPS = 10
 FIRST = Case("1f1b", data=2, zero=1, partition=(4, 6))
@@ -104,23 +107,106 @@ def test_all_ranks_hear_that_the_data_ended() -> None:
     assert all("data_iter: ended" in message and loss == results[0][1] for message, loss in results)
 
 
-def shapes_in_a_span(rank: int, world_size: int) -> str:
-    """An asynchronous schedule cannot change shapes without a drain; after one it can."""
-    case = Case("pipedream_2bw", microbatches=2)
-    engine = trilith.initialize(model(), case.config())
-    engine.train_batch(Data(2, (5,)).stream(0))
-    engine.train_batch(Data(2, (3,)).stream(0))
-    if engine.is_first_stage:
-        engine._running.feed.begin(Data(2, (5, 3)).stream(0), 2, trains=True, is_span=True)
-        engine._running.feed._fixed = ("another", engine._running.feed._agreement._known[0])
-        with pytest.raises(TrilithError, match="steps of one shape until the pipeline is drained"):
-            engine._running.feed.step(1)
+def shapes_of_spans(rank: int, world_size: int) -> str:
+    """With an asynchronous schedule shapes can change after a drain (inside of a span: the test of one process)."""
+    engine = trilith.initialize(model(), Case("pipedream_2bw", microbatches=2).config())
+    for length in (5, 3, 5):
+        assert len(list(engine.train_batches(Data(2, (length,)).stream(0), 2))) == 2
     engine.close()
     return "done"
 
 
-def test_shapes_are_fixed_inside_a_span() -> None:
-    assert run_ranks(2, shapes_in_a_span) == ["done"] * 2
+def test_shapes_may_change_between_spans() -> None:
+    assert run_ranks(2, shapes_of_spans) == ["done"] * 2
+
+
+def broken_data(batches: list[Any], where: str) -> Iterator[Any]:
+    """What a rank with bad data has: `None` is handed in by the caller."""
+    if where == "raises":
+        raise ValueError("no such shard")
+    yield batches[0]
+    yield {"malformed": {"tokens": batches[0]}, "differs": (batches[0][0][:1], batches[0][1])}[where]
+
+
+def one_rank_fails(rank: int, world_size: int, case: Case) -> list[tuple[str, str]]:
+    """On one rank after the other something is wrong with the data, then all train on; (class, text) of each error."""
+    engine = trilith.initialize(model(), case.config())
+    batches = [case.batches.microbatch(0, number, 0) for number in range(case.microbatches)]
+    found = []
+    for bad_rank, what in BAD:
+        source = broken_data(batches, what) if what else None
+        try:
+            engine.train_batch(source if rank == bad_rank else iter(batches))
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+    assert len(found) == len(BAD) and engine.global_steps == 0, found
+    engine.train_batch(iter(batches))
+    engine.close()
+    return found
+
+
+BAD = [(0, "differs"), (2, ""), (3, "malformed"), (1, "raises"), (2, "raises"), (3, "")]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "pipedream_2bw"])
+def test_all_ranks_hear_that_one_cannot_read(schedule: str) -> None:
+    """Ranks 0 and 1 hold the first stage, 2 and 3 the last: it is another pipeline that must hear of it, too."""
+    results = run_ranks(4, one_rank_fails, Case(schedule, data=2, microbatches=2))
+    own = {"differs": "microbatch 1 of the step has inputs", "": "data_iter = None", "malformed": "yielded a dict"}
+    for number, (bad_rank, what) in enumerate(BAD):
+        for rank, result in enumerate(results):
+            kind, text = result[number]
+            if rank != bad_rank:
+                assert kind == "TrilithError" and f"rank {bad_rank} could not read its microbatches" in text, text
+            elif what == "raises":
+                assert (kind, text) == ("ValueError", "no such shard")
+            else:
+                assert kind == "TrilithError" and own[what] in text, text
+
+
+def guessing(rank: int, world_size: int, sync: str) -> dict[str, Any]:
+    """Steps with dropout and running statistics, whose gradients are large now and then."""
+    layers: list[Any] = [
+        *(LayerSpec(nn.Linear, 4, 8), LayerSpec(nn.BatchNorm1d, 8), nn.Dropout(0.3), LayerSpec(nn.Linear, 8, 8)),
+        *(torch.tanh, LayerSpec(nn.BatchNorm1d, 8), nn.Dropout(0.3), LayerSpec(nn.Linear, 8, 3)),
+    ]
+    case = Case("zb_v", virtual_stages=2, optimizer_sync=sync, dtype="fp32", clipping=GUESSED)
+    config = {**case.config(), "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    engine = trilith.initialize(trilith.PipelineModel(layers, nn.functional.mse_loss), config)
+    torch.manual_seed(rank)
+    generator = torch.Generator().manual_seed(7)
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        for size in SIZES:
+            for _ in range(case.microbatches):
+                yield torch.randn(6, 4, generator=generator), size * torch.randn(6, 3, generator=generator)
+
+    losses, norms = [], []
+    for loss in engine.train_batches(stream(), len(SIZES)):
+        losses.append(loss)
+        norms.append(engine.global_grad_norm)
+    steps, counts = engine._running.steps, (0, 0)
+    if isinstance(steps, PostvalidatedSteps):
+        counts = (steps.validation.num_guesses, steps.validation.num_rollbacks)
+    state = state_of(engine)
+    engine.close()
+    return {"losses": losses, "norms": norms, "state": state, "next": torch.rand(3), "counts": counts}
+
+
+GUESSED, SIZES = 6.5, (1, 1, 6, 1, 1, 1, 6, 1)
+
+
+def test_a_step_that_is_thrown_away_leaves_no_trace() -> None:
+    """Bits of `step`: weights, running statistics, and the masks of dropout that are drawn again."""
+    waiting, guessed = run_ranks(2, guessing, "step"), run_ranks(2, guessing, "postvalidate")
+    assert all(norm > GUESSED for norm, size in zip(waiting[0]["norms"], SIZES, strict=True) if size > 1)
+    assert sum(result["counts"][0] for result in guessed) > sum(result["counts"][1] for result in guessed) > 0
+    for a, b in zip(waiting, guessed, strict=True):
+        assert a["losses"] == b["losses"] and a["norms"] == b["norms"] and torch.equal(a["next"], b["next"])
+        assert a["state"].keys() == b["state"].keys()
+        assert all(torch.equal(a["state"][key], b["state"][key]) for key in a["state"])
+    tracked = [int(t) for r in guessed for key, t in r["state"].items() if key.endswith("num_batches_tracked")]
+    assert tracked == [len(SIZES) * Case().microbatches] * 2
 
 
 SCRIPT = """

@@ -102,6 +102,22 @@ def refused_entries(directory: Path, held: list[Entry]) -> str:
     return str(caught.value)
 
 
+def test_the_version_before_the_newest_is_the_newest_where_there_was_one(tmp_path: Path) -> None:
+    """Rounded to what the reader keeps; but a checkpoint that has the role must have all of it."""
+    numbers = torch.tensor([1 / 3, -2.0, 1e30, -0.0])
+    before = [as_role(name, "previous", torch.zeros(4, dtype=torch.bfloat16)) for name in ("a", "b")]
+    saved = [as_role("a", "master", numbers), as_role("b", "master", -numbers)]
+    load(write(tmp_path / "one", held=saved), before)
+    assert torch.equal(before[0].tensor, numbers.bfloat16()) and torch.equal(before[1].tensor, -numbers.bfloat16())
+    torn = write(tmp_path / "torn", held=[*saved, before[0]])
+    assert "holds no previous of b, only master. Use optimizer and data_types" in refused_entries(torn, before)
+
+
+def as_role(name: str, role: str, tensor: torch.Tensor) -> Entry:
+    entry = whole(name, tensor)
+    return replace(entry, spec=entry.spec.with_role(role))
+
+
 # ---- what does not fit is refused by name -------------------------------------------------------------------------
 
 
@@ -115,8 +131,8 @@ def other(**changes: Any) -> list[Entry]:
 
 def test_what_this_run_lacks_or_keeps_otherwise(two_shards: Path) -> None:
     for held, *named in (
-        (other(role="exp_avg_sq"), "holds no exp_avg_sq of layers.0.weight"),
-        (other(name="layers.9.weight"), "holds no exp_avg of layers.9.weight"),
+        (other(role="exp_avg_sq"), "holds no exp_avg_sq of layers.0.weight, only exp_avg"),
+        (other(name="layers.9.weight"), "holds no exp_avg of layers.9.weight, nor anything else of it. Use the model"),
         (other(shape=(6, 3, 4)), "layers.0.weight has shape [6, 3, 2]", "[6, 3, 4] in this run", "model section"),
         (other(tensor=torch.full((200,), -77.0)), "exp_avg of layers.0.weight is torch.float64", "torch.float32"),
     ):

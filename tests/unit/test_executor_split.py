@@ -21,6 +21,7 @@ from tests.pipeline_cases import (
 from trilith.monitor.activations import ActivationMeter
 from trilith.pipeline.action import Action, Kind, Schedule, parse
 from trilith.pipeline.check import check
+from trilith.pipeline.delayed import pipedream_2bw, segments
 from trilith.pipeline.executor import Executor
 from trilith.pipeline.passes import complete, freeze
 from trilith.pipeline.schedules import SCHEDULES, make_schedule
@@ -66,11 +67,11 @@ def test_the_queue_is_drained_first_in_first_out_and_announced() -> None:
     ]
 
 
-def test_a_whole_backward_in_a_split_schedule_ends_both_halves() -> None:
+def test_a_whole_backward_in_a_split_schedule_defers_nothing() -> None:
     schedule = complete(written("F0.0 F0.1 I0.0 W0.0 B0.1", placement=(0,), m=2))
     stages = stages_of(schedule, 0)
     Executor(schedule, stages, MemoryChannels({}, 0)).run(batches(2), BOUNDARY)
-    assert stages[0].parameters.calls[-4:] == ["weights 8", "backward 1", "final weights 8", "reduce"]
+    assert stages[0].parameters.calls[-3:] == ["weights 8", "final 1", "reduce"]
     assert all(torch.equal(w.grad, e) for w, e in zip(stages[0].module.weights, one_process(2)[1], strict=True))
 
 
@@ -150,6 +151,41 @@ def test_a_run_in_parts_equals_a_run(name: str = "zb_h1") -> None:
 
     _, last = run_threads(schedule, work)
     assert [loss.item() for loss in last.losses] == [loss.item() for loss in one_process(6)[0]]
+
+
+def test_a_short_window_goes_round_for_a_long_span() -> None:
+    """Twelve steps in a window of seven: losses and gradients are those of 36 microbatches, numbered through."""
+    p, m, turn, num_steps = 2, 3, 3, 12
+    schedule = complete(pipedream_2bw(p, m, 2 * turn + 1))
+    cuts, data = segments(schedule, m), batches(m * num_steps)
+    asked: dict[int, list[int]] = {rank: [] for rank in range(p)}
+
+    class Stream:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def __getitem__(self, microbatch: int, /) -> torch.Tensor:
+            asked[self.rank].append(microbatch)
+            return data[microbatch]
+
+    def work(rank: int, executor: Executor, stages: dict[int, PipelineStage]) -> Any:
+        losses, place = {}, 0
+        executor.begin(Stream(rank), BOUNDARY)
+        for index in range(num_steps):
+            executor.advance(cuts[place][rank])
+            losses.update(executor.losses)
+            if place == turn and num_steps - 1 - index > turn:
+                executor.rewind(cuts[place - 1][rank], m, (place + 1) * m)
+            else:
+                place += 1
+        executor.end()
+        return losses, [weight.grad for stage in stages.values() for weight in stage.module.weights]
+
+    first, last = run_threads(schedule, work)
+    losses, expected = one_process(m * num_steps)
+    assert first[0] == {} and [last[0][k].item() for k in range(m * num_steps)] == [loss.item() for loss in losses]
+    assert asked == {rank: list(range(m * num_steps)) for rank in range(p)}
+    assert all(torch.equal(a, b) for a, b in zip([*first[1], *last[1]], expected, strict=True))
 
 
 def test_the_loss_scale_is_asked_for_when_its_backward_begins() -> None:

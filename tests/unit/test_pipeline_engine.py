@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import trilith
 from trilith.errors import CheckpointError, ConfigError, TrilithError
 from trilith.models.pipeline_model import LayerSpec, PipelineModel
+from trilith.pipeline_engine import feed
 from trilith.pipeline_engine.engine import PipelineEngine
 
 ZB = {"schedule": "zb_v", "virtual_stages": 2}
@@ -55,6 +56,7 @@ def stream(count: int, rows: int = 2) -> Iterator[tuple[Tensor, Tensor]]:
         ({"pipeline": {"schedule": "auto"}}, r"pipeline.schedule = 'auto': costs are measured only"),
         ({"pipeline": {"partition": "auto"}}, r"pipeline.partition = 'auto': costs are measured only"),
         ({"activation_checkpointing": {"recompute": "selective"}}, "attention core"),
+        ({"pipeline": {"memory_limit_bytes": 1000}}, r"memory_limit_bytes = 1000: .*not predicted"),
         ({"pipeline": {"schedule": "zb_v", "virtual_stages": 3}}, r"pipeline.virtual_stages = 3: .*2 stages per rank"),
         ({"pipeline": {"schedule": "zb_v"}, "parallel": {"pipeline": 2}}, "world size"),
     ],
@@ -122,11 +124,13 @@ def test_schedules_come_from_files_too(tmp_path: Path) -> None:
     for _ in range(2):
         assert from_file.train_batch(stream(2)) == named.train_batch(stream(2))
     path.write_text(f"microbatches: 2\nplacement: 0 0\n{TEXT.replace(' W0.1', '')}\n")
-    with pytest.raises(ConfigError, match=r"pipeline.schedule_file"):
+    with pytest.raises(ConfigError, match=r"pipeline.schedule_file .*Mend the file"):
         engine_of(pipeline={"schedule": "file", "schedule_file": str(path)})
     path.write_text(f"microbatches: 2\nplacement: 0 0\n{TEXT}\n")
     with pytest.raises(ConfigError, match="gradient_accumulation_steps = 3: must be as in"):
         engine_of(pipeline={"schedule": "file", "schedule_file": str(path)}, gradient_accumulation_steps=3)
+    with pytest.raises(ConfigError, match=r"pipeline.virtual_stages = 1: must be as in .*, which has 2"):
+        engine_of(pipeline={"schedule": "file", "schedule_file": str(path), "virtual_stages": 1})
 
 
 def test_finding_shapes_changes_nothing() -> None:
@@ -204,3 +208,93 @@ def test_checkpoints_of_other_models_are_refused(tmp_path: Path) -> None:
         engine_of([*layers()[:2], *layers()[3:]]).load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="step-00000002"):
         engine.load_checkpoint(tmp_path, step=2)
+
+
+# ---- spans of steps ---------------------------------------------------------------------------------------------------
+
+ASYNCHRONOUS = {"schedule": "pipedream_2bw"}
+
+
+def test_shapes_are_fixed_inside_a_span() -> None:
+    engine = engine_of(pipeline=ASYNCHRONOUS)
+    with pytest.raises(TrilithError, match=r"step 2: .*steps of one shape until the pipeline is drained"):
+        list(engine.train_batches([*stream(2), *stream(2, rows=3)], 2))
+    with pytest.raises(TrilithError, match="go on with a new engine"):
+        engine.train_batch(stream(2))
+
+
+@pytest.mark.parametrize("overlap", [ASYNCHRONOUS, {"optimizer_sync": "postvalidate"}])
+def test_a_span_with_overlap_must_be_exhausted(overlap: dict[str, Any], tmp_path: Path) -> None:
+    engine = engine_of(pipeline=overlap)
+    losses = engine.train_batches(stream(6), 3)
+    next(losses)
+    calls: list[Callable[[], object]] = [
+        lambda: engine.train_batch(stream(2)),
+        lambda: engine.eval_batch(stream(2)),
+        lambda: engine.save_checkpoint(tmp_path),
+        lambda: engine.load_checkpoint(tmp_path),
+    ]
+    for call in calls:
+        with pytest.raises(TrilithError, match=r"was left before its end. Take all of its losses first"):
+            call()
+    assert len(list(losses)) == 2
+    engine.train_batch(stream(2))
+    for _ in engine.train_batches(stream(4), 2):
+        break
+    with pytest.raises(TrilithError, match="go on with a new engine, from a checkpoint"):
+        engine.train_batch(stream(2))
+    fresh = engine_of(pipeline=overlap)
+    with pytest.raises(TrilithError, match="data_iter: ended"):
+        fresh.train_batch(stream(1))
+    fresh.train_batch(stream(2))  # nothing was under way
+
+
+def test_a_span_without_overlap_may_be_closed() -> None:
+    engine = engine_of()
+    losses = engine.train_batches(stream(6), 3)
+    next(losses)
+    with pytest.raises(TrilithError, match="or close it"):
+        engine.eval_batch(stream(2))
+    losses.close()  # type: ignore[attr-defined]
+    engine.train_batch(stream(2))
+    assert engine.global_steps == 2
+
+
+def test_kinds_of_input_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers among the inputs that differ in every step must not fill the memory; what was forgotten is found anew."""
+    monkeypatch.setattr(feed, "KINDS_KEPT", 2)
+    engine = engine_of([lambda pair: pair[0] + 0.0 * pair[1], *layers()], pipeline=ZB)
+    agreement = engine._running.feed._agreement
+    (x, y), *_ = stream(1)
+    first = engine.eval_batch([((x, 0), y)] * 2)
+    for number, next_number in ((1, 2), (1, 2), (2, 3), (0, 4), (2, 4), (1, 5)):
+        assert engine.eval_batch([((x, number), y)] * 2) == first
+        assert agreement._next_number == next_number
+        assert set(agreement._known) == set(agreement._numbers.values()) == {next_number - 2, next_number - 1}
+
+
+def test_an_asynchronous_schedule_is_said_and_its_rate_follows_the_step(caplog: pytest.LogCaptureFixture) -> None:
+    sections = {"pipeline": {"schedule": "pipedream"}, "gradient_clipping": 0.0}
+    scheduled = trilith.initialize(
+        PipelineModel(layers(), mean), config(**sections), lr_scheduler=lambda step: 0.5 / (step + 1)
+    )
+    assert any("pipedream changes the mathematics" in record.message for record in caplog.records)
+    list(scheduled.train_batches(stream(4), 2))
+    assert scheduled.sharded.optimizer.num_steps == 4 and scheduled.lr == 0.5 / 3
+
+
+def test_a_weight_used_twice_has_the_bits_of_a_whole_backward() -> None:
+    """The gradients of both uses are summed before those of other microbatches are added to them."""
+    found = []
+    for schedule in ("1f1b", "zb_h1"):
+        torch.manual_seed(0)
+        tied: list[Any] = [nn.Linear(5, 5), torch.tanh, nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5), nn.Tanh())]
+        model = PipelineModel([nn.Linear(3, 5), *tied, nn.Linear(5, 3)], mean, ties=[("1.weight", "3.weight")])
+        sections = {"pipeline": {"schedule": schedule}, "data_types": {"param_dtype": "fp32"}}
+        engine = trilith.initialize(model, config(**sections, gradient_accumulation_steps=4))
+        batches = [(x.float(), y.float()) for x, y in stream(12)]
+        losses = list(engine.train_batches(batches, 3))
+        assert len(engine._deferred) == (3 if schedule == "zb_h1" else 0)
+        found.append((losses, {name: t.clone() for name, t in engine.module.state_dict().items()}))
+        engine.close()
+    assert found[0][0] == found[1][0] and all(torch.equal(t, found[1][1][name]) for name, t in found[0][1].items())

@@ -302,10 +302,10 @@ def test_every_plain_linear_is_deferred_wherever_it_stands() -> None:
     parameters = dict(model.named_parameters())
     queue = WeightQueue()
     made = defer_linears(model, queue)
-    assert len(made) == 2 and dict(model.named_parameters()).keys() == parameters.keys()
+    assert len(made) == 1 and dict(model.named_parameters()).keys() == parameters.keys()
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert isinstance(model["alone"], DeferredLinear) and type(model["subclass"]) is Reads
-    assert nested[0] is nested.get_submodule("2.0") is not shared
+    assert nested[0] is nested.get_submodule("2.0") is shared  # its weight has two names: see defer_linears
     assert type(model["computed"]).__name__ == "ParametrizedLinear"
 
 

@@ -56,6 +56,8 @@ def test_every_schedule_can_be_planned(name: str) -> None:
     assert [unit.name for stage in found.stages for unit in stage] == [unit.name for unit in found.units]
     asynchronous = [note for note in found.resolved.notes if "changes the mathematics" in note]
     assert bool(asynchronous) == recipe.asynchronous
+    drained = [note for note in found.resolved.notes if "draining at other steps" in note]
+    assert bool(drained) == (name == "pipedream")
     assert not found.is_provisional and name in preflight.describe(found)
 
 
@@ -86,6 +88,21 @@ def test_post_validation() -> None:
     assert any("gains nothing" in note for note in alone.resolved.notes)
     never_wrong = plan({**SMALL, "gradient_clipping": 0, "pipeline.optimizer_sync": "postvalidate"})
     assert never_wrong.memory[0].rollback_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "save", "text"),
+    [
+        (0, None, "only where it starts (training.eval_interval and checkpoint.save_interval are off)"),
+        (0, 0, "only where it starts"),
+        (5, 0, "on all stages, every 5 steps (training.eval_interval): draining"),
+        (5, 7, "every 5 steps (training.eval_interval) and every 7 steps (checkpoint.save_interval): draining"),
+    ],
+    ids=str,
+)
+def test_what_drains_pipedream_is_said(evaluation: int, save: int | None, text: str) -> None:
+    changes = {"pipeline.schedule": "pipedream", "training.eval_interval": evaluation, "checkpoint.save_interval": save}
+    assert text in "\n".join(plan({**PIPEDREAM, **changes}).resolved.notes)
 
 
 def test_versions_of_weights() -> None:

@@ -19,6 +19,9 @@ from trilith.errors import CheckpointError
 from trilith.sharding import Box, Piece, ShardSpec, contiguous_strides, copies
 
 SPECS = "trilith.shards"
+PREVIOUS = "previous"  # role of the weights before the newest, which `pipedream_2bw` goes on with
+# What takes the place of a role that a checkpoint has nothing of: where there was one version, the newest is that before.
+SUBSTITUTES: Mapping[str, tuple[str, ...]] = MappingProxyType({PREVIOUS: ("master", "weight")})
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
@@ -76,10 +79,11 @@ def spec_from_json(data: dict[str, Any]) -> ShardSpec:
 
 
 def load(directory: Path, entries: Sequence[Entry]) -> Manifest:
-    """Fill every entry's tensor in place from the checkpoint in `directory`, written by any layout.
+    """Fill every entry's tensor in place from the checkpoint in `directory`, written by any layout and schedule.
 
     No communication: each rank reads the files that hold parts of what it needs, after their hashes have been checked
-    against the manifest. Nothing is written into a tensor before every needed file has been found intact and fitting.
+    against the manifest. `SUBSTITUTES` are rounded to the dtype of the entry. Nothing is written into a tensor before
+    every needed file has been found intact and fitting.
     Raises CheckpointError naming the tensor that is missing, has another shape or dtype, or the damaged file.
     """
     manifest = read_manifest(directory)
@@ -99,11 +103,12 @@ def load(directory: Path, entries: Sequence[Entry]) -> Manifest:
 def _plan(directory: Path, manifest: Manifest, entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, Saved]]]:
     """What to take from which file, after finding that every element of every entry is there and fits."""
     saved = _index(directory, manifest)
+    roles = {part.spec.role for parts in saved.values() for part in parts}
     plan: dict[str, list[tuple[Entry, Saved]]] = {}
     for entry in entries:
-        key = key_of(entry.spec)
-        if key not in saved:
-            raise CheckpointError(f"{directory}: holds no {entry.spec.role} of {entry.spec.name}")
+        key = _saved_key(entry.spec, saved, roles)
+        if key is None:
+            raise CheckpointError(f"{directory}: {_lack(entry.spec, saved)}")
         covered = 0
         for part in saved[key]:
             _check_fit(directory / part.file, part, entry)
@@ -112,8 +117,26 @@ def _plan(directory: Path, manifest: Manifest, entries: Sequence[Entry]) -> dict
                 plan.setdefault(part.file, []).append((entry, part))
             covered += found
         if covered != entry.spec.numel:
-            raise CheckpointError(f"{directory}: {key} is incomplete: {covered} of {entry.spec.numel} elements found")
+            raise CheckpointError(
+                f"{directory}: {key} is incomplete: {covered} of {entry.spec.numel} elements found. Use another checkpoint"
+            )
     return plan
+
+
+def _saved_key(spec: ShardSpec, saved: Mapping[str, Sequence[Saved]], roles: set[str]) -> str | None:
+    """What an entry is filled from: its own role, or the substitute of a role that was not saved at all; None: nothing."""
+    own = key_of(spec)
+    others = () if spec.role in roles else SUBSTITUTES.get(spec.role, ())
+    return next((key for key in (own, *(key_of(spec.with_role(role)) for role in others)) if key in saved), None)
+
+
+def _lack(spec: ShardSpec, saved: Mapping[str, Sequence[Saved]]) -> str:
+    """What is missing, and which keys of the config decide about it."""
+    kept = sorted(parts[0].spec.role for parts in saved.values() if parts[0].spec.name == spec.name)
+    missing = f"holds no {spec.role} of {spec.name}"
+    if not kept:
+        return f"{missing}, nor anything else of it. Use the model of the run that saved it"
+    return f"{missing}, only {', '.join(kept)}. Use optimizer and data_types of the run that saved it"
 
 
 def _check_fit(path: Path, saved: Saved, entry: Entry) -> None:
@@ -124,7 +147,7 @@ def _check_fit(path: Path, saved: Saved, entry: Entry) -> None:
             f"{path}: {spec.name} has shape {list(saved.spec.shape)} in the checkpoint, {list(spec.shape)} in this run: "
             "the model section of the config differs"
         )
-    if saved.dtype != entry.tensor.dtype:
+    if saved.dtype != entry.tensor.dtype and saved.spec.role == spec.role:
         raise CheckpointError(
             f"{path}: {spec.role} of {spec.name} is {saved.dtype}, this run keeps {entry.tensor.dtype}: "
             "data_types and the precision of the two runs must agree"

@@ -72,8 +72,10 @@ class PipelineConfig(ConfigModel):
 
     schedule: ScheduleName = key(
         "1f1b",
-        "Order of forwards and backwards: a schedule by name (pipedream and pipedream_2bw change the mathematics), file "
-        "(that of schedule_file), or auto (the fastest that fits, by measured costs).",
+        "Order of forwards and backwards: a schedule by name, file (that of schedule_file), or auto (the fastest that "
+        "fits, by measured costs). pipedream and pipedream_2bw change the mathematics; under pipedream also the steps "
+        "before which the pipeline is drained, to evaluate (training.eval_interval) and save "
+        "(checkpoint.save_interval), change the result.",
     )
     schedule_file: Text | None = key(None, "Text file with the actions of each rank; only with schedule file.")
     virtual_stages: Auto[Count] = key(

@@ -377,6 +377,23 @@ def _pipeline_notes(config: Config) -> list[str]:
             f"pipeline.schedule: {pipeline.schedule} changes the mathematics: gradients are taken at older weights than "
             "those that they update"
         )
+    if pipeline.schedule == "pipedream" and config.parallel.pipeline > 1:
+        notes.append(
+            f"pipeline.schedule: pipedream begins anew, with the newest weights on all stages, {_drains(config)}: "
+            "draining at other steps changes the result"
+        )
     if pipeline.optimizer_sync == "postvalidate" and config.parallel.pipeline == 1:
         notes.append("pipeline.optimizer_sync: postvalidate gains nothing with parallel.pipeline 1")
     return notes
+
+
+def _drains(config: Config) -> str:
+    """When a run empties its pipeline."""
+    if config.model is None:
+        return "with every call of train_batch and train_batches"
+    evaluation, save = config.training.eval_interval, config.checkpoint.save_interval
+    drains = [
+        *([f"every {evaluation} steps (training.eval_interval)"] if evaluation else []),
+        *([f"every {save} steps (checkpoint.save_interval)"] if save else []),
+    ]
+    return " and ".join(drains) or "only where it starts (training.eval_interval and checkpoint.save_interval are off)"

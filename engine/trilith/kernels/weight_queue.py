@@ -42,11 +42,14 @@ class WeightQueue:
     """What the linears of one stage put off in the backward that runs now, in the order of backward.
 
     `anchor` is an input that requires a gradient: without it a first layer, whose x requires none, would have no node.
+    While `defers` is False, linears compute their weight gradients in backward as if there were no queue: whoever runs the
+    stage sets it before a forward, and before a backward that may compute parts of the forward again.
     `tracker`, where it is set, is called with each queued tensor, and what it returns lives as long as the entry.
     """
 
     def __init__(self) -> None:
         self.anchor = torch.empty(0, requires_grad=True)
+        self.defers = True
         self.tracker: Tracker | None = None
         self._items: list[Deferred] = []
 

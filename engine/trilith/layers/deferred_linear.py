@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -27,16 +29,24 @@ def defer_linears(module: nn.Module, queue: WeightQueue) -> list[DeferredLinear]
     Each has the parameters, hooks and mode of the one that it replaces, and stands wherever that one stood. What stays:
     subclasses of nn.Linear, which may compute something else, and those whose weight is computed from other parameters.
     A DeferredLinear of an earlier engine is replaced, too.
+
+    A weight that `module` has under several names waits nowhere: autograd sums the gradients of one backward before it
+    adds them to those of earlier ones, and in halves they would be added in another order.
     """
+    uses = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
     made: dict[nn.Module, DeferredLinear] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, DeferredLinear):
                 continue
-            if child._parameters.get("weight") is not None:
-                if child not in made:
-                    made[child] = _deferred(child, queue)
-                parent._modules[name] = made[child]
+            weight = child._parameters.get("weight")
+            if weight is None:
+                continue
+            if uses[weight] > 1:
+                if isinstance(child, DeferredLinear):
+                    child.queue = None
+                continue
+            made[child] = parent._modules[name] = _deferred(child, queue)
     return list(made.values())
 
 

@@ -127,7 +127,9 @@ class PipelineModel:
     `ties`: groups of whole-model names of parameters that are one, e.g. `("0.weight", "5.weight")`; a module that is in
     the list twice is tied with itself. `partition`: `uniform`, `parameters`, `type:<regex>` (layers whose class has a
     matching name are dealt evenly), or the number of layers of each stage; None: as `pipeline.partition` says. No layer
-    may change what it is given in place: where a stage begins, torch refuses it.
+    may change what it is given in place: where a stage begins, torch refuses it. A layer may be run more often than it is
+    trained (to find shapes, to begin a step anew): what it keeps between calls must be buffers, what it draws must come
+    from torch's default generators, and both are then put back.
     """
 
     def __init__(

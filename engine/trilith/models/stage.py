@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -46,6 +47,8 @@ class StageModel(nn.Module):
         self.head: Head | None = family.head(settings) if HEAD in names else None
         if self.head is not None and self.embedding is not None and settings.model.tie_embeddings:
             self.head.output.weight = self.embedding.tokens.weight
+            # Not deferred: its two gradients are one sum in backward, in every schedule, so that all have the same bits.
+            self.head.output.placement = replace(settings.placement, queue=None)
         self._check_declared()
 
     def forward(self, inputs: Mapping[str, Tensor], batch: Microbatch) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Pipeline parallelism: schedules as values, passes that complete and prove them, and one executor that runs them.
 
-`action` declares the value, `schedules` makes it (pure generators), `passes` inserts communication and reductions and
-checks it, `simulate` gives its timeline, bubble and peak, `partition` cuts a model into stages, `stage` and `executor`
-run it, `timeline` draws it. All but `stage` and `executor` are free of torch.
+`action` declares the value. `schedules`, `zero_bubble`, `v_shape` and `delayed` make it (pure generators), or
+`schedule_file` reads it. `passes` inserts communication, reductions and validation, `check` proves it, `simulate` gives
+its timeline, bubbles and peak, `memory` its bytes. `partition` cuts a model into stages, `search` chooses schedule and
+partition. `stage`, `step`, `transport` and `executor` run it; `timeline`, `trace` and `trace_file` show what was run.
+Only these four run with torch; all others are free of it.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -21,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from trilith.errors import ScheduleError
 from trilith.kernels.weight_queue import Deferred
-from trilith.pipeline.action import Action, Kind, Schedule
+from trilith.pipeline.action import NO_MICROBATCH, Action, Kind, Schedule
 from trilith.pipeline.check import check, validated_prefix
 from trilith.pipeline.stage import PipelineStage
 from trilith.pipeline.step import (
@@ -76,6 +77,7 @@ class Executor:
         self._rank = schedule.placement[min(self._stages)]
         self._actions = schedule.actions[self._rank]
         self._trains = not schedule.is_forward_only
+        self._split = frozenset((a.stage, a.microbatch) for a in self._actions if a.kind is Kind.BACKWARD_WEIGHT)
         self._validates = any(action.kind is Kind.VALIDATE for action in self._actions)
         self._stale = {source: n for (source, to), n in validated_prefix(schedule).items() if to == self._rank}
         self._step: Step | None = None
@@ -97,10 +99,18 @@ class Executor:
         action, waits_for = self._current, self._waits_for
         if action is None:
             return "between steps"
-        text = action.describe()
+        text = self._numbered(action).describe()
         if waits_for is not None:
-            text += f", waiting for {waits_for.describe()} from pipeline rank {waits_for.peer}"
+            text += f", waiting for {self._numbered(waits_for).describe()} from pipeline rank {waits_for.peer}"
         return text
+
+    def _numbered(self, action: Action) -> Action:
+        """An action with the true number of its microbatch."""
+        offset = self._step.offset if self._step is not None else 0
+        if not offset or action.microbatch == NO_MICROBATCH:
+            return action
+        pair = None if action.pair is None else (self._numbered(action.pair[0]), self._numbered(action.pair[1]))
+        return replace(action, microbatch=action.microbatch + offset, pair=pair)
 
     # -------------------------------------------------------------------------------------------------------- a run
 
@@ -111,6 +121,7 @@ class Executor:
         loss_seed: LossSeed = 1.0,
         *,
         validate: Callable[[], bool] | None = None,
+        on_restart: Callable[[], None] | None = None,
         recorder: Recorder | None = None,
     ) -> StepResult:
         """Run all actions of this rank once; every rank of the pipeline must call it with the same counts and shapes.
@@ -123,7 +134,8 @@ class Executor:
         with a monotonic clock on the host: on a GPU these are the times of launching, not of running.
 
         `validate` is called at the schedule's VALIDATE; where it returns False, the weights of this step were wrong and
-        have been corrected: what was computed is thrown away and the step begins anew. On all ranks or on none.
+        have been corrected: what was computed is thrown away, `on_restart` is called, and the step begins anew. On all
+        ranks or on none.
 
         An exception inside carries a note that names rank, action, stage and microbatch; `position` still tells it.
         """
@@ -132,6 +144,8 @@ class Executor:
             self.advance()
         except StartAnew:
             self._throw_away()
+            if on_restart is not None:
+                on_restart()
             self.begin(microbatches, boundary, loss_seed, recorder=recorder)
             self.advance()
         return self.end()
@@ -187,6 +201,17 @@ class Executor:
             outputs=[step.outputs[m] for m in sorted(step.outputs)],
         )
 
+    def rewind(self, position: int, microbatches: int, done: int) -> None:
+        """Go on as if the rank stood before action `position`, `microbatches` microbatches earlier.
+
+        For schedules that repeat themselves: the actions from `position` to here must come again, `microbatches` later,
+        from here on. So a short schedule runs without an end. Microbatches keep their true numbers for all others.
+        `done`: how many of the schedule's microbatches are through; their losses are forgotten.
+        """
+        step = self._now
+        step.inbox.rewind(self._actions, step.next_action, position, microbatches)
+        step.rewind(position, microbatches, done)
+
     @property
     def losses(self) -> Mapping[int, torch.Tensor]:
         """The losses of the run under way, by microbatch, on the rank of the last stage."""
@@ -197,6 +222,8 @@ class Executor:
         step = self._now
         step.inbox.discard(self._stale)
         step.outbox.drain()
+        if step.request.recorder is not None:
+            step.request.recorder.clear()
         self._step = self._current = None
 
     # ------------------------------------------------------------------------------------------------- computations
@@ -206,12 +233,14 @@ class Executor:
         inputs = {} if stage.is_first else self._take(Kind.RECEIVE_FORWARD, action)
         start_s = time.perf_counter()
         backward, before = self._first_trained <= action.stage, self._first_trained < action.stage
-        stage.parameters.begin_forward(action.microbatch)
+        number = action.microbatch + step.offset
+        stage.parameters.begin_forward(number)
+        self._set_queue(action)
         if before:
             for tensor in inputs.values():
                 tensor.requires_grad_(tensor.is_floating_point())
         with torch.set_grad_enabled(backward):
-            outputs = stage.module(inputs, step.request.microbatches[action.microbatch])
+            outputs = stage.module(inputs, step.request.microbatches[number])
         self._record(action, start_s)
         if stage.is_last:
             loss = self._finish(action, outputs)
@@ -233,7 +262,7 @@ class Executor:
         """Collect what the last stage returned; the loss, with its graph, where there is one."""
         step, loss = self._now, outputs.get("loss")
         if loss is not None:
-            step.losses[action.microbatch] = loss.detach().to(torch.float64)
+            step.losses[action.microbatch + step.offset] = loss.detach().to(torch.float64)
         if not self._trains:
             step.outputs[action.microbatch] = outputs
         elif loss is None or loss.numel() != 1:
@@ -253,10 +282,7 @@ class Executor:
             )
 
     def _backward(self, action: Action) -> None:
-        """A whole backward. Where the stage has a queue, both halves one after the other."""
-        start_s, queue = self._differentiate(action, final=self._is_final(action)), self._stages[action.stage].queue
-        if queue is not None:
-            self._compute_weights(action, queue.take())
+        start_s = self._differentiate(action, final=self._is_final(action))
         self._record(action, start_s)
         self._return_gradients(action)
 
@@ -273,7 +299,7 @@ class Executor:
         self._record(action, start_s)
 
     def _overlapped(self, action: Action) -> None:
-        """A forward and a backward as one action: one after the other, their messages under way meanwhile."""
+        """A forward and a backward as one action: one after the other, their messages after both."""
         for part in action.parts():
             self._table[part.kind](part)
 
@@ -283,13 +309,21 @@ class Executor:
         kept = step.kept[action.stage, action.microbatch]
         gradients = {} if stage.is_last else self._take(Kind.RECEIVE_BACKWARD, action)
         start_s = time.perf_counter()
-        stage.parameters.begin_backward(action.microbatch, final and stage.queue is None)
+        number = action.microbatch + step.offset
+        stage.parameters.begin_backward(number, final)
+        self._set_queue(action)
         if kept.loss is not None:
             if kept.loss.requires_grad:
-                torch.autograd.backward([kept.loss], [self._seed(kept.loss, action.microbatch)])
+                torch.autograd.backward([kept.loss], [self._seed(kept.loss, number)])
         elif kept.edges:
             torch.autograd.backward(list(kept.edges.values()), [gradients[name] for name in kept.edges])
         return start_s
+
+    def _set_queue(self, action: Action) -> None:
+        """Let the stage's linears defer their weight gradients, or not: whole backwards go without the detour."""
+        queue = self._stages[action.stage].queue
+        if queue is not None:
+            queue.defers = (action.stage, action.microbatch) in self._split
 
     def _compute_weights(self, action: Action, deferred: list[Deferred]) -> None:
         """The second half of a backward, first in first out; each product's tensors are let go when it is done."""
@@ -324,16 +358,17 @@ class Executor:
 
     def _ask_parameters(self, action: Action) -> None:
         start_s, parameters = time.perf_counter(), self._stages[action.stage].parameters
+        number = self._numbered(action).microbatch
         if action.kind is Kind.GATHER:
             parameters.gather()
         elif action.kind is Kind.RELEASE:
             parameters.release()
         elif action.kind is Kind.REDUCE:
-            parameters.reduce(action.microbatch)
+            parameters.reduce(number)
         elif action.kind is Kind.TIE_REDUCE:
-            parameters.tie_reduce(action.microbatch)
+            parameters.tie_reduce(number)
         else:
-            parameters.update(action.microbatch)
+            parameters.update(number)
         self._record(action, start_s)
 
     def _validate(self, action: Action) -> None:
@@ -389,7 +424,8 @@ class Executor:
     def _record(self, action: Action, start_s: float) -> None:
         recorder = self._now.request.recorder
         if recorder is not None:
-            recorder.append(Record(action.kind, action.stage, action.microbatch, start_s, time.perf_counter()))
+            number = self._numbered(action).microbatch
+            recorder.append(Record(action.kind, action.stage, number, start_s, time.perf_counter()))
 
 
 def _take_grad(tensor: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,7 @@ def candidates(
 def _stages_per_rank(recipe: Recipe, num_ranks: int, num_layers: int, given: int | None) -> Sequence[int]:
     """The numbers of stages per rank to try; one alone is no interleaving, nor is anything on one rank."""
     if given is not None:
-        return (given,)
+        return (given,) if given > 1 or recipe.stages_per_rank is not None else ()
     if recipe.stages_per_rank is not None:
         return (recipe.stages_per_rank,)
     return range(2, num_layers // num_ranks + 1) if num_ranks > 1 else ()

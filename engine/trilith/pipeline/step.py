@@ -69,18 +69,31 @@ class Request:
 
 @dataclass
 class Step:
-    """The state of one run. `next_action` counts the actions of the rank that are done."""
+    """The state of one run. `next_action` counts the actions of the rank that are done.
+
+    `offset` is what a microbatch of the schedule must be counted up by to get its true number (`rewind`).
+    """
 
     request: Request
     inbox: Inbox
     outbox: Outbox
     next_action: int = 0
+    offset: int = 0
     kept: dict[Key, Kept] = field(default_factory=dict)
     deferred: dict[Key, list[Deferred]] = field(default_factory=dict)
     outgoing: dict[tuple[Kind, int, int], Tensors] = field(default_factory=dict)  # made, its send comes next
     handed: dict[tuple[Kind, int, int], Tensors] = field(default_factory=dict)  # for a stage on the same rank
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensors] = field(default_factory=dict)
+
+    def rewind(self, position: int, microbatches: int, done: int) -> None:
+        """See `Executor.rewind`: what is kept under a microbatch is now kept under one `microbatches` earlier."""
+        self.losses = {number: loss for number, loss in self.losses.items() if number >= self.offset + done}
+        self.next_action, self.offset = position, self.offset + microbatches
+        self.kept = {(stage, m - microbatches): kept for (stage, m), kept in self.kept.items()}
+        self.deferred = {(stage, m - microbatches): items for (stage, m), items in self.deferred.items()}
+        self.outgoing = {(kind, stage, m - microbatches): made for (kind, stage, m), made in self.outgoing.items()}
+        self.handed = {(kind, stage, m - microbatches): made for (kind, stage, m), made in self.handed.items()}
 
     def assert_empty(self) -> None:
         """Nothing outlives a run."""

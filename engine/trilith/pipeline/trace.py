@@ -226,7 +226,10 @@ def delays(records: Records, schedule: Schedule, costs: Costs) -> list[Delay]:
     rank = max(rows, key=lambda r: rows[r][-1].free_s)
     index = len(rows[rank]) - 1
     expected_s = 0.0
+    followed: set[tuple[int, int]] = set()
     while index >= 0:
+        assert (rank, index) not in followed, f"rank {rank}: the records of more than one step"
+        followed.add((rank, index))
         item = rows[rank][index]
         usual_s = costs.of(item.action)
         found.append(Delay(rank, item.action, "ran", item.free_s - item.start_s - usual_s))

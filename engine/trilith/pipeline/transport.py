@@ -6,8 +6,10 @@ ahead, sends in flight) are relaxations of blocking sends, so a schedule that pa
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -136,6 +138,20 @@ class Inbox:
         self._limit = None
         for peer in self._unposted:
             self._post_allowed(peer)
+
+    def rewind(self, actions: Sequence[Action], here: int, position: int, microbatches: int) -> None:
+        """Go on as if the rank stood before `actions[position]`, not `actions[here]`; see `Executor.rewind`."""
+        self._posted = {
+            replace(action, microbatch=action.microbatch - microbatches): arriving
+            for action, arriving in self._posted.items()
+        }
+        for peer, queue in self._unposted.items():
+            receives = [i for i, a in enumerate(actions) if a.kind in RECEIVES and a.peer == peer]
+            before_here, before = bisect_left(receives, here), bisect_left(receives, position)
+            self._num_posted[peer] += before - before_here
+            self._allowed[peer] += before - before_here
+            queue.clear()
+            queue.extend(actions[i] for i in receives[self._num_posted[peer] :])
 
     def has_arrived(self, action: Action) -> bool:
         """Whether a posted receive is known to be complete, without waiting."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,19 +42,21 @@ from trilith.pipeline.schedules import forward_only
 from trilith.pipeline.stage import PipelineStage
 from trilith.pipeline.transport import GroupChannels
 from trilith.pipeline_engine.feed import BatchFeed
+from trilith.pipeline_engine.keeper import StateKeeper
 from trilith.pipeline_engine.layout import Layout, lay_out
 from trilith.precision import PrecisionPolicy
 from trilith.process_groups import build_topology, leave_world
 from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
 from trilith.stepping.base import LossReport, Parts, Stepper
-from trilith.stepping.delayed import DelayedSteps
-from trilith.stepping.postvalidated import PostvalidatedSteps
+from trilith.stepping.make import make_stepper
 from trilith.stepping.synchronous import SynchronousSteps
 from trilith.topology import Degrees, Topology
 from trilith.zero import module as data_parallel
 from trilith.zero.delayed import DelayedModel
 from trilith.zero.module import device_of, join, leave_at_exit, place, without_groups
 from trilith.zero.stage12 import ShardedModel, Sharding, StepOutcome
+
+LOGGER = logging.getLogger(__name__)
 
 
 @overload
@@ -104,12 +107,16 @@ def initialize(
         )
     given = config if isinstance(config, Config) else load_config(config)
     world_size, joined = join(given)
-    full = resolve(given, world_size, needs="engine").config
+    resolved = resolve(given, world_size, needs="engine")
+    full = resolved.config
     layout = lay_out(model, full)
     degrees = Degrees(pipeline=full.parallel.pipeline, shard=full.parallel.data)
     topology = build_topology(
         degrees, device_of(full), full.parallel.timeout_s, ties=layout.ties, channels=layout.schedule.channels()
     )
+    if topology.rank == 0:
+        for note in resolved.notes:
+            LOGGER.log(logging.WARNING if note.startswith("pipeline.") else logging.INFO, note)
     return PipelineEngine(model, full, layout, topology, lr_scheduler, owns_world=joined)
 
 
@@ -154,6 +161,7 @@ class PipelineEngine:
         self.module = nn.ModuleDict({name: layer for m in self._stages.values() for name, layer in m.layers().items()})
         self.outcome: StepOutcome | None = None
         self.global_steps = self.skipped_steps = 0
+        self._is_in_span = False
         if owns_world:
             atexit.register(self._leave_at_exit)
 
@@ -183,15 +191,9 @@ class PipelineEngine:
             return Executor(schedule, stages, channels)
 
         feed = BatchFeed(stages, layout.schedule.placement, topology)
-        parts = Parts(sharded, layout.schedule, make_executor, feed, self._lr, topology, Failpoints())
-        return _Running(sharded, feed, self._make_stepper(parts), make_executor)
-
-    def _make_stepper(self, parts: Parts) -> Stepper:
-        if parts.schedule.update_every:
-            return DelayedSteps(parts)
-        if self.config.pipeline.optimizer_sync == "postvalidate":
-            return PostvalidatedSteps(parts)
-        return SynchronousSteps(parts)
+        keeper = StateKeeper(self._stages.values(), topology.device)
+        parts = Parts(sharded, layout.schedule, make_executor, feed, self._lr, topology, Failpoints(), keeper)
+        return _Running(sharded, feed, make_stepper(parts, config.pipeline.optimizer_sync), make_executor)
 
     # ---- training and evaluation --------------------------------------------------------------------------------
 
@@ -208,25 +210,36 @@ class PipelineEngine:
         """Train `num_steps` steps without draining the pipeline between them, where the schedule allows it; their losses.
 
         With an asynchronous schedule, and with `pipeline.optimizer_sync` = postvalidate, a loss comes later than the next
-        step began. The iterator must be exhausted before another call. With an asynchronous schedule all steps must have
-        inputs of one shape.
+        step began. With an asynchronous schedule all steps must have inputs of one shape.
+
+        The iterator must be exhausted before any other call. Where steps do not overlap, it may be closed instead;
+        where they do, later steps are under way when a loss is given, and without them the engine cannot go on.
+        Raises TrilithError for data that is missing or does not fit: in the first step on every rank, later on the ranks
+        that see it.
         """
-        running = self._running
+        running = self._idle
+        overlaps = not isinstance(running.steps, SynchronousSteps)
         self._train_mode(True)
         count, is_delayed = self.layout.schedule.num_microbatches, self.layout.schedule.update_every > 0
         running.feed.begin(data_iter, count, trains=True, is_span=is_delayed)
-        for finished in running.steps.train(self.global_steps, num_steps):
-            self.outcome = finished.outcome
-            self.global_steps += 1
-            self.skipped_steps += finished.outcome.skipped
-            yield finished.loss
+        self._is_in_span = True
+        try:
+            for finished in running.steps.train(self.global_steps, num_steps):
+                self.outcome = finished.outcome
+                self.global_steps += 1
+                self.skipped_steps += finished.outcome.skipped
+                yield finished.loss
+        except BaseException:
+            self._is_in_span = overlaps and running.feed.has_begun
+            raise
+        self._is_in_span = False
 
     def eval_batch(self, data_iter: Iterable[Any] | None = None, num_microbatches: int | None = None) -> float:
         """The mean loss over the next `num_microbatches` (None: as many as a step has) and all data ranks.
 
         Runs the layers in evaluation mode, without gradients, on the same stages; who reads is as in `train_batch`.
         """
-        running = self._running
+        running = self._idle
         self._train_mode(False)
         count = num_microbatches or self.layout.schedule.num_microbatches
         if count not in running.executors:
@@ -266,7 +279,9 @@ class PipelineEngine:
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return self._lr(self._running.sharded.optimizer_steps)
+        sharded = self._running.sharded
+        stashes = isinstance(sharded, DelayedModel) and sharded.stashes
+        return self._lr(self.global_steps if stashes else sharded.optimizer_steps)
 
     @property
     def global_grad_norm(self) -> float | None:
@@ -281,15 +296,13 @@ class PipelineEngine:
         Any layout, schedule and ZeRO stage can load it. Buffers are those of data rank 0. `client_state`: whatever JSON
         can say, kept along. Raises CheckpointError on every rank if it cannot be written.
         """
-        entries = [
-            checkpoint.Entry(spec.with_role(role), tensor)
-            for role, spec, tensor in self._running.sharded.owned_entries()
-        ]
+        sharded = self._idle.sharded
+        entries = [checkpoint.Entry(spec.with_role(role), tensor) for role, spec, tensor in sharded.owned_entries()]
         state = {
             "parameters": self._parameters(),
             "global_steps": self.global_steps,
             "skipped_steps": self.skipped_steps,
-            "model": self._running.sharded.state_dict(),
+            "model": sharded.state_dict(),
             "client": dict(client_state or {}),
         }
         keep, control = self.config.checkpoint.keep_last, self.topology.control
@@ -301,13 +314,13 @@ class PipelineEngine:
 
         Every rank must call it. Raises CheckpointError where there is none, it is damaged, or of another model.
         """
-        root, found = Path(load_dir), None
+        sharded, root, found = self._idle.sharded, Path(load_dir), None
         if self.topology.control.index == 0:
             found = checkpoint.newest(root) if step is None else checkpoint.step_directory(root, step)
         name = comm.broadcast_object(None if found is None else str(found), 0, self.topology.control)
         if name is None:
-            raise CheckpointError(f"{root}: holds no checkpoint")
-        directory, sharded = Path(name), self._running.sharded
+            raise CheckpointError(f"{root}: holds no checkpoint. Name the directory that save_checkpoint was given")
+        directory = Path(name)
         state = checkpoint.read_manifest(directory).state
         self._require_same_model(directory, state)
         entries = [checkpoint.Entry(spec.with_role(role), tensor) for role, spec, tensor in sharded.state_entries()]
@@ -354,6 +367,23 @@ class PipelineEngine:
         if self._live is None:
             raise TrilithError("the engine is closed. Make another one with trilith.initialize")
         return self._live
+
+    @property
+    def _idle(self) -> _Running:
+        """As `_running`, with an empty pipeline. Raises TrilithError where steps are under way."""
+        running = self._running
+        if self._is_in_span:
+            overlaps = not isinstance(running.steps, SynchronousSteps)
+            raise TrilithError(
+                "train_batches: the iterator of an earlier call was left before its end. Take all of its losses first"
+                + (
+                    ", or ask for fewer steps. Once it is closed or has failed, the steps under way are lost: go on with "
+                    "a new engine, from a checkpoint"
+                    if overlaps
+                    else ", or close it"
+                )
+            )
+        return running
 
     def close(self) -> None:
         """Remove all hooks; `module` keeps its weights and works without the engine. Every rank must call it.

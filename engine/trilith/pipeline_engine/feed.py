@@ -3,13 +3,16 @@
 Shapes may change from step to step, but only the rank of the first stage sees them before the step begins. It numbers
 the kinds of input that it meets and tells the other ranks of its pipeline the number: one integer a step. A new number
 makes them find all boundaries, by one chain of forwards without gradients; the others they know.
+
+What is wrong with the data one rank alone can see. The first step of a span begins on an empty pipeline: there all ranks
+of the world tell each other whether they have it, and all raise where one has not. Later steps wait for nobody: there the
+rank of the first stage tells its pipeline, and the error of another rank is its own.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +25,12 @@ from trilith.models.layer_stage import SCALARS, Form, LayerBatch, LayerStage
 from trilith.models.structure import map_tensors, put_together, take_apart
 from trilith.pipeline.stage import PipelineStage
 from trilith.pipeline.transport import Boundary
+from trilith.pipeline_engine.keeper import StateKeeper
 from trilith.stepping.base import StepBatch
 from trilith.topology import Topology
 
-_NO_MORE_DATA = -1
+KINDS_KEPT = 256  # kinds of input whose boundaries are remembered; one that was forgotten is found out again
+_NO_MORE_DATA, _FAILED = -1, -2
 _ENDED = "data_iter: ended before the step; it must yield gradient_accumulation_steps microbatches for each"
 
 
@@ -38,34 +43,55 @@ class Crossing:
 
 
 class Agreement:
-    """One pipeline's knowledge of what crosses; all its ranks must make the same calls."""
+    """One pipeline's knowledge of what crosses; all its ranks must make the same calls.
+
+    Kinds are numbered as they come; of the last `KINDS_KEPT` numbers all ranks remember what crosses.
+    """
 
     def __init__(self, stages: Mapping[int, PipelineStage], placement: tuple[int, ...], topology: Topology) -> None:
         self._stages, self._placement, self._topology = stages, placement, topology
         self._numbers: dict[str, int] = {}  # on the rank of the first stage: kind of input -> its number
-        self._known: list[Crossing] = []
+        self._known: dict[int, Crossing] = {}
+        self._next_number = 0
         self._sending: tuple[Tensor, comm.Handle] | None = None
 
-    def agree(self, kind: str | None, inputs: Any) -> Crossing:
-        """What crosses for a step whose inputs are of `kind`; the rank of the first stage gives it (None: no data left).
+    def agree(self, kind: str | None, inputs: Any, problem: Exception | None = None) -> Crossing:
+        """What crosses for a step whose inputs are of `kind`; the rank of the first stage gives it.
 
-        `inputs`: those of a microbatch, there. Raises TrilithError on every rank where no data is left.
+        `inputs`: those of a microbatch, there. `problem`: why this rank has no data. It is raised once the others have
+        been told, if this is the rank of the first stage; a TrilithError is raised on all that are told.
         """
         source = self._placement[0]
         number = torch.empty(1, dtype=torch.int64, device=self._topology.device)
         if 0 in self._stages:
             if self._sending is not None:
                 self._sending[1].wait()
-            number.fill_(_NO_MORE_DATA if kind is None else self._numbers.setdefault(kind, len(self._numbers)))
+            if problem is None:
+                assert kind is not None
+                number.fill_(self._numbers.get(kind, self._next_number))
+            else:
+                number.fill_(_code_of(problem))
             self._sending = (number, comm.broadcast(number, source, self._topology.pp, async_op=True))
         else:
             comm.broadcast(number, source, self._topology.pp)
         found = int(number)
-        if found == _NO_MORE_DATA:
-            raise TrilithError(_ENDED)
-        if found == len(self._known):
-            self._known.append(self._discover(inputs))
+        if problem is not None:
+            raise problem
+        if found < 0:
+            raise TrilithError(_told(found, "the rank of the first stage"))
+        if found == self._next_number:
+            self._remember(kind, self._discover(inputs))
         return self._known[found]
+
+    def _remember(self, kind: str | None, crossing: Crossing) -> None:
+        """Give the next number, and forget that of long ago: every rank the same one."""
+        number = self._next_number
+        self._next_number += 1
+        self._known[number] = crossing
+        self._known.pop(number - KINDS_KEPT, None)
+        if kind is not None:
+            self._numbers[kind] = number
+            self._numbers = {kind: n for kind, n in self._numbers.items() if n > number - KINDS_KEPT}
 
     def _discover(self, inputs: Any) -> Crossing:
         """Pass one microbatch through all stages, with zeros for the floating-point tensors between them."""
@@ -106,29 +132,32 @@ def _probe(
     """What a stage makes of an input, taken apart; random generators and buffers stay as they were."""
     module = stage.module
     assert isinstance(module, LayerStage)
+    keeper = StateKeeper([module], device)
+    keeper.save()
     stage.parameters.gather()
-    with torch.no_grad(), _unchanged(module, device):
+    with torch.no_grad():
         made = module.run(value)
     stage.parameters.release()
+    keeper.restore()
     outputs, form = module.handed_on(made)
     tensors, scalars, _ = take_apart(made, module.last_layer)
     return outputs, form, tensors, scalars
 
 
-@contextmanager
-def _unchanged(module: LayerStage, device: torch.device) -> Iterator[None]:
-    """Give random generators and the module's buffers back as they were (running statistics, counters)."""
-    buffers = [
-        (owner, name, buffer, buffer.clone())
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
-    ]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-    for owner, name, buffer, before in buffers:
-        buffer.copy_(before)
-        owner._buffers[name] = buffer
+class _Ended(TrilithError):
+    """The user's iterator has no more."""
+
+
+def _code_of(problem: Exception | None) -> int:
+    """What other ranks are told of it; 0: nothing."""
+    return 0 if problem is None else _NO_MORE_DATA if isinstance(problem, _Ended) else _FAILED
+
+
+def _told(code: int, who: str) -> str:
+    """The error of a rank that was told of another one's."""
+    if code == _NO_MORE_DATA:
+        return _ENDED
+    return f"data_iter: {who} could not read its microbatches; its own error says why. Mend what data_iter yields there"
 
 
 class BatchFeed:
@@ -138,43 +167,36 @@ class BatchFeed:
         self._topology, self._num_microbatches = topology, 0
         self._is_first, self._is_last = 0 in stages, len(placement) - 1 in stages
         self._agreement = Agreement(stages, placement, topology)
+        self._given: Any = None
         self._source: Iterator[Any] | None = None
+        self.has_begun = False  # whether a step was given since `begin`
         self._trains = True
         self._fixed: tuple[str | None, Crossing] | None = None
         self._is_span = False
 
     def begin(self, source: Any, num_microbatches: int, *, trains: bool, is_span: bool = False) -> None:
-        """Read from `source` from now on, so many microbatches a step.
+        """Read from `source` from now on, so many microbatches a step; the pipeline is empty.
 
         `is_span`: no rank waits for others between steps, so all have the boundaries that are agreed for the first.
-
-        Raises TrilithError on a rank that must read and got nothing to read from.
         """
-        if (self._is_first or self._is_last) and source is None:
-            raise TrilithError(
-                "data_iter = None: the ranks of the first and of the last stage read microbatches (inputs, labels) from it"
-            )
-        self._source = None if source is None else iter(source)
+        self._given, self._source = source, None
         self._num_microbatches, self._trains = num_microbatches, trains
         self._is_span, self._fixed = is_span, None
+        self.has_begun = False
 
     def step(self, index: int, *, per_microbatch: bool = False) -> StepBatch:
-        """The next microbatches; see `Feed`. There are no tokens to count."""
-        pairs = self._read()
-        kind = self._kind(pairs) if self._is_first else None
-        fixed = self._fixed
-        if fixed is None:
-            crossing = self._agreement.agree(kind, pairs[0][0] if pairs and self._is_first else None)
-            self._fixed = (kind, crossing) if self._is_span else None
-        else:
-            crossing = fixed[1]
-        if pairs is None and (self._is_first or self._is_last):
-            raise TrilithError(_ENDED)
-        if fixed is not None and kind != fixed[0]:
-            raise TrilithError(
-                f"step {index + 1}: inputs are {kind}, in the step before they were {fixed[0]}: an asynchronous schedule "
-                "has steps of one shape until the pipeline is drained"
-            )
+        """The next microbatches; see `Feed`. There are no tokens to count.
+
+        Raises TrilithError where there are none or they do not fit, on the ranks that this module's text says; an error
+        of the user's iterator is raised as it is, on its rank.
+        """
+        pairs, problem = self._try_to_read()
+        if not self.has_begun:
+            self._tell_everyone(problem)
+        crossing = self._crossing(index, pairs, problem)
+        if problem is not None:
+            raise problem
+        self.has_begun = True
         weight = 1.0 / (self._topology.dp.size * (1 if per_microbatch else self._num_microbatches))
         batches = [
             LayerBatch(inputs, labels, crossing.forms, weight)
@@ -182,17 +204,57 @@ class BatchFeed:
         ]
         return StepBatch(batches, crossing.boundaries, 0)
 
-    def _read(self) -> list[tuple[Any, Any]] | None:
-        """This rank's parts of the step's microbatches, on its device; None where it reads none or none are left."""
+    def _crossing(self, index: int, pairs: list[tuple[Any, Any]] | None, problem: Exception | None) -> Crossing:
+        """What crosses in the step: agreed with the pipeline, or as it was agreed for the span."""
+        inputs = [inputs for inputs, _ in pairs or ()] if self._is_first else []
+        kind = self._kind_of(inputs[0]) if inputs else None
+        fixed = self._fixed
+        if fixed is None:
+            crossing = self._agreement.agree(kind, inputs[0] if inputs else None, problem if self._is_first else None)
+            self._fixed = (kind, crossing) if self._is_span else None
+            return crossing
+        if kind != fixed[0] and problem is None:
+            raise TrilithError(
+                f"step {index + 1}: inputs are {kind}, in the step before they were {fixed[0]}: an asynchronous schedule "
+                "has steps of one shape until the pipeline is drained. Give steps of another shape to another call"
+            )
+        return fixed[1]
+
+    def _tell_everyone(self, problem: Exception | None) -> None:
+        """Raise on every rank where one has a problem: its own there, elsewhere a word of it."""
+        codes = torch.zeros(self._topology.world_size, dtype=torch.int64)
+        mine = torch.tensor([_code_of(problem)])
+        comm.all_gather(codes, mine, self._topology.control).wait()
+        if problem is not None:
+            raise problem
+        found = codes.tolist()
+        if any(found):
+            rank = found.index(min(found))
+            raise TrilithError(_told(found[rank], f"rank {rank}"))
+
+    def _try_to_read(self) -> tuple[list[tuple[Any, Any]] | None, Exception | None]:
+        """This rank's parts of the step's microbatches, on its device, or why there are none; (None, None): reads none."""
         if not (self._is_first or self._is_last):
-            return None
-        assert self._source is not None, "begin comes first"
+            return None, None
+        try:
+            return self._read(), None
+        except Exception as error:  # whatever the user's iterator raises: the others must hear of it first
+            return None, error
+
+    def _read(self) -> list[tuple[Any, Any]]:
+        if self._source is None:
+            if self._given is None:
+                raise TrilithError(
+                    "data_iter = None: the ranks of the first and of the last stage read microbatches (inputs, labels) "
+                    "from it. Give it there"
+                )
+            self._source = iter(self._given)
         pairs = []
         for _ in range(self._num_microbatches):
             try:
                 pair = next(self._source)
             except StopIteration:
-                return None
+                raise _Ended(_ENDED) from None
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise TrilithError(
                     f"data_iter: yielded a {type(pair).__name__}"
@@ -201,25 +263,29 @@ class BatchFeed:
                 )
             inputs = map_tensors(self._place, pair[0]) if self._is_first else None
             pairs.append((inputs, map_tensors(self._place, pair[1]) if self._is_last else None))
+        if self._is_first:
+            self._require_one_kind([inputs for inputs, _ in pairs])
         return pairs
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._topology.device, non_blocking=True)
 
-    def _kind(self, pairs: list[tuple[Any, Any]] | None) -> str | None:
-        """What the boundaries of a step may depend on, as text. Raises TrilithError where microbatches differ in it."""
-        if pairs is None:
-            return None
-        kinds = [self._kind_of(inputs) for inputs, _ in pairs]
+    def _require_one_kind(self, inputs: list[Any]) -> None:
+        """Raises TrilithError where microbatches differ in what the boundaries of a step may depend on."""
+        kinds = [self._kind_of(value) for value in inputs]
         for number, kind in enumerate(kinds):
             if kind != kinds[0]:
                 raise TrilithError(
                     f"data_iter: microbatch {number} of the step has inputs {kind}, the first has {kinds[0]}: shapes may "
                     "change from step to step, not within one (drop_last=True leaves out a smaller last batch)"
                 )
-        return kinds[0]
 
     def _kind_of(self, inputs: Any) -> str:
+        """What the boundaries of a step may depend on, as text.
+
+        Whole numbers are part of it, for a layer may make a shape of them: one that is different in every step makes
+        every step find its boundaries anew.
+        """
         tensors, scalars, form = take_apart(inputs, "the inputs")
         specs = [[list(tensor.shape), str(tensor.dtype)] for tensor in tensors]
         numbers = [s for s in scalars if not isinstance(s, float)]  # shapes may depend on these

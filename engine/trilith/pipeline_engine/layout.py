@@ -22,6 +22,7 @@ from trilith.pipeline.schedule_file import read_schedule
 from trilith.pipeline.schedules import make_schedule, schedule_problems
 from trilith.topology import Ties
 
+FIX_FILE = "Mend the file, or name a schedule."
 PARTITION, TYPE = "PipelineModel partition", "type:"
 
 
@@ -74,7 +75,7 @@ def lay_out(model: PipelineModel, config: Config) -> Layout:
         if config.pipeline.schedule != FROM_FILE:
             raise
         path = config.pipeline.schedule_file
-        raise ConfigError([Violation("pipeline.schedule_file", path, str(error))]) from None
+        raise ConfigError([Violation("pipeline.schedule_file", path, str(error), FIX_FILE)]) from None
     ties = _tied_ranks(holders, schedule)
     if config.pipeline.schedule == "pipedream" and schedule.shared_ties:
         raise TrilithError(
@@ -102,6 +103,10 @@ def _refuse(config: Config) -> None:
         rule = "costs are measured only for models that the section `model` describes"
         fix = 'Use "parameters", "uniform" or the number of layers of each stage.'
         found.append(Violation("pipeline.partition", AUTO, rule, fix))
+    if config.pipeline.memory_limit_bytes is not None:
+        rule = "the memory of a user's layers is not predicted, so nothing can be held to a limit"
+        fix = "Leave it out, or use the section `model`."
+        found.append(Violation("pipeline.memory_limit_bytes", config.pipeline.memory_limit_bytes, rule, fix))
     if config.activation_checkpointing.recompute == "selective":
         rule = "only models that the section `model` describes have an attention core that is known"
         found.append(Violation("activation_checkpointing.recompute", "selective", rule, 'Use "full" or "none".'))
@@ -121,14 +126,18 @@ def _named_schedule(config: Config) -> Schedule:
     try:
         schedule = read_schedule(pipeline.schedule_file)
     except ScheduleError as error:
-        raise ConfigError([Violation("pipeline.schedule_file", pipeline.schedule_file, str(error))]) from None
+        violation = Violation("pipeline.schedule_file", pipeline.schedule_file, str(error), FIX_FILE)
+        raise ConfigError([violation]) from None
     found = [
-        Violation(key, value, f"must be as in {pipeline.schedule_file}, which has {in_file}", "Change one of the two.")
+        Violation(
+            key, value, f"must be as in {pipeline.schedule_file}, which has {in_file:g}", "Change one of the two."
+        )
         for key, value, in_file in (
             ("parallel.pipeline", ranks, schedule.num_ranks),
             ("gradient_accumulation_steps", count, schedule.num_microbatches),
+            ("pipeline.virtual_stages", pipeline.virtual_stages, schedule.num_stages / schedule.num_ranks),
         )
-        if value != in_file
+        if value not in (in_file, AUTO)
     ]
     if found:
         raise ConfigError(config.provenance.locate(found), config.provenance.source)

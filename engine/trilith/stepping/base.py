@@ -39,9 +39,22 @@ class Feed(Protocol):
         """
 
 
+class Keeper(Protocol):
+    """What forwards change besides activations: random generators, running statistics."""
+
+    def save(self) -> None:
+        """Remember it all as it is now."""
+
+    def restore(self) -> None:
+        """Make it all what it was at `save`."""
+
+
 @dataclass(frozen=True)
 class Parts:
-    """What a stepper drives: the model's storage, its schedule (complete), executors of schedules, data, and lr(step)."""
+    """What a stepper drives: the model's storage, its schedule (complete), executors of schedules, data, and lr(step).
+
+    `keeper`: of modules whose forwards leave something behind, which must be undone where forwards are thrown away.
+    """
 
     model: ShardedModel
     schedule: Schedule
@@ -50,6 +63,7 @@ class Parts:
     lr: Callable[[int], float]
     topology: Topology
     failpoints: Failpoints
+    keeper: Keeper | None = None
 
 
 @dataclass(frozen=True)

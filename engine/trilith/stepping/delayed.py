@@ -1,7 +1,8 @@
 """Steps without a flush: forwards of later steps run before the backwards of earlier ones are through.
 
-A span is one window of the asynchronous schedule, cut into one segment per step (`pipeline.delayed`). A segment ends when
-all backwards of its step are done, everywhere. With `pipedream` the updates lie inside of it, one per microbatch; with
+A span is one window of the asynchronous schedule, cut into one segment per step (`pipeline.delayed`). Once the pipeline is
+full, segments repeat themselves: a long span goes round in a short window. A segment ends when all backwards of its step
+are done, everywhere. With `pipedream` the updates lie inside of it, one per microbatch; with
 `pipedream_2bw` there is one, between two segments. Only the end of a span drains the pipeline.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trilith.errors import TrilithError
+from trilith.pipeline.action import Schedule
 from trilith.pipeline.delayed import pipedream, pipedream_2bw, segments
 from trilith.pipeline.executor import Executor
 from trilith.pipeline.passes import complete
@@ -23,10 +25,18 @@ from trilith.zero.delayed import DelayedModel
 
 @dataclass(frozen=True)
 class _Window:
-    """The schedule of a span as this rank runs it: `stops[i]` is the action before which step i is over."""
+    """The schedule of a span as this rank runs it: `stops[i]` is the action before which step i is over.
+
+    In a span of more steps than it has, step `turn` is run again and again.
+    """
 
     executor: Executor
     stops: tuple[int, ...]
+    turn: int
+
+    def rest(self) -> int:
+        """Steps after step `turn`, in which the pipeline drains."""
+        return len(self.stops) - 1 - self.turn
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,10 @@ class DelayedSteps:
         )
         window.executor.begin(stream, stream.boundary, model.loss_scale_of, recorder=records)
         before: _Closed | None = None
-        for index, stop in enumerate(window.stops):
+        place = 0
+        for index in range(num_steps):
             self._parts.failpoints.hit("forward")
-            window.executor.advance(stop)
+            window.executor.advance(window.stops[place])
             closed = self._close(first, index, stream, window.executor, start_s)
             closed.rest.records.extend(records)
             records.clear()
@@ -71,6 +82,11 @@ class DelayedSteps:
             if before is not None:
                 yield before.finished()
             before = closed
+            if place == window.turn and num_steps - 1 - index > window.rest():
+                done = (place + 1) * self._microbatches
+                window.executor.rewind(window.stops[place - 1], self._microbatches, done)
+            else:
+                place += 1
         window.executor.end()
         model.end_window()
         if before is not None:
@@ -91,16 +107,29 @@ class DelayedSteps:
         return _Closed(LossReport(losses, parts.topology), rest)
 
     def _window(self, num_steps: int) -> _Window:
-        """The window of a span of so many steps; made once."""
-        if num_steps not in self._windows:
+        """The window of a span of so many steps; made once for each length, and once for all that are long."""
+        # By then the pipeline is full, one step is as the one before, and there is time to drain.
+        full = 2 + -(-self._parts.schedule.num_ranks // self._microbatches)
+        length = min(num_steps, 2 * full + 1)
+        if length not in self._windows:
             schedule = self._parts.schedule
             make = pipedream if self._model.stashes else pipedream_2bw
-            whole = make(schedule.num_ranks, self._microbatches, num_steps)
+            whole = make(schedule.num_ranks, self._microbatches, length)
             whole = complete(replace(whole, ties=schedule.ties, frozen=schedule.frozen))
-            rank = self._parts.topology.coordinate("pp")
-            stops = tuple(cut[rank] for cut in segments(whole, self._microbatches))
-            self._windows[num_steps] = _Window(self._parts.make_executor(whole), stops)
-        return self._windows[num_steps]
+            rank, cuts = self._parts.topology.coordinate("pp"), segments(whole, self._microbatches)
+            if length > 2 * full:
+                _assert_repeats(whole, cuts, full, self._microbatches)
+            stops = tuple(cut[rank] for cut in cuts)
+            self._windows[length] = _Window(self._parts.make_executor(whole), stops, full)
+        return self._windows[length]
+
+
+def _assert_repeats(schedule: Schedule, cuts: tuple[tuple[int, ...], ...], step: int, size: int) -> None:
+    """After step `step` of a window every rank does what it did after the step before, `size` microbatches later."""
+    for rank, actions in enumerate(schedule.actions):
+        before, here, after = (cuts[i][rank] for i in (step - 1, step, step + 1))
+        later = [replace(action, microbatch=action.microbatch + size) for action in actions[before:here]]
+        assert list(actions[here:after]) == later, f"rank {rank} of {schedule.name} does not repeat itself"
 
 
 class _Stream:

@@ -61,12 +61,16 @@ class PostvalidatedSteps:
         has_data_s = time.perf_counter()
         parts.failpoints.hit("forward")
         records: list[Record] = []
+        keeper = parts.keeper if validation.is_pending else None
+        if keeper is not None:
+            keeper.save()
         result = self._executor.run(
             batch.microbatches,
             batch.boundary,
             lambda microbatch: parts.model.loss_scale,  # that of this step is known once the one before is validated
             validate=validation.validate if validation.is_pending else None,
             recorder=records,
+            on_restart=None if keeper is None else keeper.restore,
         )
         marks_s = (start_s, has_data_s, time.perf_counter())
         parts.failpoints.hit("optimizer_step")

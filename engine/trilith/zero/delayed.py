@@ -2,16 +2,18 @@
 
 A *slot* holds one version: flat buffers, and parameters that are views of them. Before a forward the stage's module is
 given the parameters of the slot that its microbatch uses; autograd keeps them, so that a backward finds the weights of
-its forward. Parameters and buffer count their changes together: autograd itself refuses to run a backward whose weights
-were overwritten. There is one optimizer, over master weights that belong to no slot; an update writes the version it
-made into the slot whose own version nobody needs any longer.
+its forward. Parameters and buffer count their changes together, so that autograd itself refuses to run a backward whose
+weights were overwritten; not so in the first slot of a module that came with its values on the device, whose parameters
+keep their identity and with it a count of their own. There is one optimizer, over master weights that belong to no
+slot; an update writes the version it made into the slot whose own version nobody needs any longer.
 
 - `pipedream` (Narayanan et al. 2019, "PipeDream", section 3.3): an update after every microbatch. Stage s of p keeps
   p - s versions and runs microbatch k with that of max(0, k - (p - 1 - s)) updates since the pipeline was empty. All
   slots add to one gradient buffer: between two updates lies one backward.
 - `pipedream_2bw` (Narayanan et al. 2021, arXiv 2006.09503, section 3.1): W(t+1) = W(t) - step(grad(W(t-1))), with
   W(-1) = W(0). Two slots, each with its own gradients: those of one step are reduced and normed while the backwards of
-  the next have begun. The version before the newest outlives a drain and a checkpoint.
+  the next have begun. The version before the newest outlives a drain and a checkpoint; from the checkpoint of a run
+  that had one version, training goes on as from W(0).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith import comm
+from trilith.checkpoint.load import PREVIOUS
 from trilith.optim.base import FlatPartition
 from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
@@ -31,7 +34,6 @@ from trilith.zero.flat import DeclaredModule, FlatUnit, buffer_view
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.stage12 import ShardedModel, Sharding, StageParameters, StateEntry, StepOutcome, bytes_of
 
-PREVIOUS = "previous"  # role of the version before the newest in a checkpoint
 Place = tuple[nn.Module, str]  # a module and the name of one of its own parameters
 
 
@@ -55,6 +57,7 @@ class Window:
     """A span of training without a flush. `first`: index of the slot that held the newest weights when it began."""
 
     first: int
+    microbatches_per_step: int
     microbatches_per_update: int
     lr: Callable[[int], float]
 
@@ -178,7 +181,8 @@ class DelayedModel(ShardedModel):
         Microbatches are counted from here on. Versions are, too, with `pipedream`: all stages begin with the newest.
         """
         assert self._window is None
-        self._window = Window(self._newest, 1 if self.stashes else microbatches_per_step, lr)
+        updates_every = 1 if self.stashes else microbatches_per_step
+        self._window = Window(self._newest, microbatches_per_step, updates_every, lr)
         for slot in self._slots:
             slot.loss_scale = self.scaler.loss_scale
 
@@ -237,6 +241,7 @@ class DelayedModel(ShardedModel):
         self._use(reads)
         self.finish()
         self.optimizer.step(window.lr(microbatch), reads.loss_scale)
+        self._extra_updates += 1
         self._newest = (self._newest + 1) % len(self._slots)
         self._use(self._slots[self._newest])
         self._publish_weights()
@@ -245,10 +250,11 @@ class DelayedModel(ShardedModel):
     def step(self, lr: float) -> StepOutcome:
         """End the oldest train step of the window whose backwards are all done.
 
-        With `pipedream` nothing is left to do. With `pipedream_2bw` as `ShardedModel.step`: the version that its
-        gradients were computed with makes room for the new one. Every rank of the world must call it.
+        With `pipedream` nothing is left to do but to count it. With `pipedream_2bw` as `ShardedModel.step`: the version
+        that its gradients were computed with makes room for the new one. Every rank of the world must call it.
         """
         if self.stashes:
+            self._count_step()
             return StepOutcome(None, False, self.scaler.loss_scale)
         self._newest = (self._newest + 1) % len(self._slots)
         self._use(self._slots[self._newest])
@@ -258,6 +264,15 @@ class DelayedModel(ShardedModel):
         self._updated.loss_scale = self.scaler.loss_scale
         self.zero_grad()
         return outcome
+
+    def _count_step(self) -> None:
+        """One step of several updates is over. A stage without trainable parameters is asked for none, but counts as all
+        others do: a checkpoint keeps one count."""
+        assert self._window is not None
+        if not self.units:
+            self.optimizer.num_steps += self._window.microbatches_per_step
+            self._extra_updates += self._window.microbatches_per_step
+        self._extra_updates -= 1
 
     # ---- state --------------------------------------------------------------------------------------------------
 
@@ -279,13 +294,19 @@ class DelayedModel(ShardedModel):
         for unit in self._previous.units if self._previous and self._partitioned else ():
             comm.all_gather(unit.weight, unit.own_weight, self.topology.dp).wait()
 
+    def _other_units(self) -> list[FlatUnit]:
+        """Those of the versions that are not in `units`."""
+        return [unit for slot in self._slots if slot is not self._updated for unit in slot.units]
+
+    def weight_buffers(self) -> list[Tensor]:
+        """As `ShardedModel.weight_buffers`."""
+        return [*super().weight_buffers(), *(unit.weight for unit in self._other_units())]
+
     def memory_bytes(self) -> dict[str, int]:
         """As `ShardedModel.memory_bytes`, all versions counted."""
         found = super().memory_bytes()
-        others = [unit for slot in self._slots if slot is not self._updated for unit in slot.units]
-        found["parameters"] += bytes_of([unit.weight for unit in others])
         if not self.stashes:
-            found["gradients"] += bytes_of([unit.gradient for unit in others])
+            found["gradients"] += bytes_of([unit.gradient for unit in self._other_units()])
         return found
 
     def close(self) -> None:

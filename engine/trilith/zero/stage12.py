@@ -149,6 +149,7 @@ class ShardedModel:
         self.optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
         self.reducer = self._make_reducer(self._units, zero)
         self._stale = self._finished = False
+        self._extra_updates = 0  # of the optimizer, beyond one a step
 
     def _materialise(self, index: int, module: DeclaredModule) -> None:
         """Buffers of one stage. Frozen parameters have weights only, and no partition."""
@@ -202,8 +203,11 @@ class ShardedModel:
 
     @property
     def optimizer_steps(self) -> int:
-        """Steps taken, skipped ones not counted: the argument of the learning-rate function."""
-        return self.optimizer.num_steps
+        """Steps taken, skipped ones not counted: the argument of the learning-rate function.
+
+        The optimizer has made more updates where earlier steps had several each (`pipedream`).
+        """
+        return self.optimizer.num_steps - self._extra_updates
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -332,20 +336,29 @@ class ShardedModel:
 
     def state_dict(self) -> dict[str, Any]:
         """The scalars that a checkpoint keeps, JSON-able; the same on every rank."""
-        return {"optimizer": self.optimizer.state_dict(), "loss_scaler": self.scaler.state_dict()}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "extra_updates": self._extra_updates,
+            "loss_scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.optimizer.load_state_dict(state["optimizer"])
+        self._extra_updates = state["extra_updates"]
         self.scaler.load_state_dict(state["loss_scaler"])
+
+    def weight_buffers(self) -> list[Tensor]:
+        """The flat buffers, in the parameter dtype, that all weights of this rank's stages are views of: every version."""
+        frozen = [unit for units in self._frozen.values() for unit in units]
+        return [unit.weight for unit in (*self.units, *frozen)]
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes this rank stores, by category: parameters, gradients, optimizer (masters and moments), buffers."""
-        frozen = [unit for units in self._frozen.values() for unit in units]
         masters = [unit.master for unit in self.units if unit.has_master]
         moments = [tensor for state in self.optimizer.state for tensor in state.values()]
         return {
-            "parameters": bytes_of([unit.weight for unit in (*self.units, *frozen)]),
+            "parameters": bytes_of(self.weight_buffers()),
             "gradients": bytes_of([unit.gradient for unit in self.units]),
             "optimizer": bytes_of([*masters, *moments]),
             "buffers": self._buffer_bytes,

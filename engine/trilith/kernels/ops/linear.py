@@ -40,9 +40,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, queue: WeightQ
     Every layer's product with a weight comes through here, and through nothing else, because that is where a product
     may be done differently: with its weight gradient deferred, in fp8, on a quantised base, with an adapter.
 
-    With a `queue` (a stage under a schedule that splits backward) the gradient of the weight is not computed in
+    With a `queue` that defers (the backward of this microbatch is split) the gradient of the weight is not computed in
     backward: x and the gradient of y go to the queue. The gradients of x and of the bias come as always.
     """
-    if queue is None or not (torch.is_grad_enabled() and weight.requires_grad):
+    if queue is None or not (queue.defers and torch.is_grad_enabled() and weight.requires_grad):
         return functional.linear(x, weight, bias)
     return _SplitLinear.apply(x, bias, queue.anchor, (weight, queue))
