@@ -22,7 +22,7 @@ from trilith.precision import LossScaler
 from trilith.sharding import ShardSpec
 from trilith.trainer import Place, Trainer
 
-SPANS = (1, 7, 4, 8)  # 20 steps, with a drain after each span
+SPANS = (1, 6, 13)  # 20 steps, with a drain after each span
 BAR = 1e-10
 GROWING_SCALE = {"enabled": True, "initial_scale_power": 15, "loss_scale_window": 1, "hysteresis": 1}
 

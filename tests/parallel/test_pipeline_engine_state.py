@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -105,6 +106,30 @@ def ended(rank: int, world_size: int, case: Case) -> tuple[str, float]:
 def test_all_ranks_hear_that_the_data_ended() -> None:
     results = run_ranks(3, ended, Case("1f1b", pipeline=3))
     assert all("data_iter: ended" in message and loss == results[0][1] for message, loss in results)
+
+
+def ends_within_a_span(rank: int, world_size: int, case: Case) -> list[str]:
+    """The data of the second step: too little of it on all ranks, then an error on the rank of the first stage."""
+    engine = trilith.initialize(model(), case.config())
+    batches, found = [case.batches.microbatch(0, number, 0) for number in range(case.microbatches)], []
+    broken = itertools.chain(batches, broken_data(batches, "raises") if engine.is_first_stage else batches)
+    for source in (iter([*batches, *batches[:2]]), broken):
+        try:
+            for _ in engine.train_batches(source, 2):
+                pass
+        except Exception as error:
+            found.append(str(error))
+    engine.train_batch(iter(batches))
+    assert engine.global_steps == 3
+    engine.close()
+    return found
+
+
+def test_a_pipeline_hears_of_it_inside_a_span() -> None:
+    results = run_ranks(3, ends_within_a_span, Case("zb_h1", pipeline=3))
+    assert all("data_iter: ended" in result[0] for result in results)
+    assert results[0][1] == "no such shard"
+    assert all("the rank of the first stage could not read its microbatches" in result[1] for result in results[1:])
 
 
 def shapes_of_spans(rank: int, world_size: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from tests.pipeline_cases import (
     BOUNDARY,
     TIMEOUT_S,
+    H,
     MemoryChannels,
     batches,
     one_process,
@@ -18,6 +19,8 @@ from tests.pipeline_cases import (
     stages_of,
     train,
 )
+from trilith.kernels import ops
+from trilith.kernels.weight_queue import WeightQueue
 from trilith.monitor.activations import ActivationMeter
 from trilith.pipeline.action import Action, Kind, Schedule, parse
 from trilith.pipeline.check import check
@@ -26,7 +29,7 @@ from trilith.pipeline.executor import Executor
 from trilith.pipeline.passes import complete, freeze
 from trilith.pipeline.schedules import SCHEDULES, make_schedule
 from trilith.pipeline.simulate import peak_bytes
-from trilith.pipeline.stage import PipelineStage
+from trilith.pipeline.stage import NullParameters, PipelineStage
 from trilith.pipeline.timeline import Record
 
 SPLIT = ("zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe_v")
@@ -135,6 +138,28 @@ def test_a_step_that_is_thrown_away_begins_anew(name: str, p: int, is_right: boo
     assert len(gradients) == len(expected) and all(g is not None for g in gradients)
     for mine, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mine, 2 * theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_that_is_used_twice_has_the_bits_of_a_whole_backward() -> None:
+    """In fp32, where (a + b) + c and a + (b + c) differ."""
+    found = []
+    for text in ("F0.0 F0.1 B0.0 B0.1", "F0.0 F0.1 I0.0 I0.1 W0.0 W0.1"):
+        schedule = complete(written(text, placement=(0,), m=2))
+        queue = WeightQueue() if "W" in text else None
+        weight = torch.randn(H, H, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+        def module(
+            inputs: Any, batch: torch.Tensor, weight: torch.Tensor = weight, queue: WeightQueue | None = queue
+        ) -> dict[str, torch.Tensor]:
+            hidden = batch.float()
+            for _ in range(3):
+                hidden = torch.tanh(ops.linear(hidden, weight, queue=queue))
+            return {"loss": hidden.sum()}
+
+        stages = {0: PipelineStage(0, module, NullParameters(), True, True, queue)}
+        Executor(schedule, stages, MemoryChannels({}, 0)).run(batches(2), BOUNDARY)
+        found.append(weight.grad)
+    assert torch.equal(*found)
 
 
 def test_a_run_in_parts_equals_a_run(name: str = "zb_h1") -> None:

@@ -9,6 +9,7 @@ them. Between runs the executor is empty: no activation, gradient or message out
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -326,14 +327,26 @@ class Executor:
             queue.defers = (action.stage, action.microbatch) in self._split
 
     def _compute_weights(self, action: Action, deferred: list[Deferred]) -> None:
-        """The second half of a backward, first in first out; each product's tensors are let go when it is done."""
+        """The second half of a backward, first in first out; each product's tensors are let go when it is done.
+
+        The gradients of a weight that was used several times are summed before they are added, as autograd does.
+        """
         parameters = self._stages[action.stage].parameters
-        parameters.begin_weight_gradients([item.weight for item in deferred], self._is_final(action))
+        uses = Counter(item.weight for item in deferred)
+        parameters.begin_weight_gradients(list(uses), self._is_final(action))
+        sums: dict[torch.Tensor, torch.Tensor] = {}
         deferred.reverse()
         with torch.no_grad():
             while deferred:
                 item = deferred.pop()
-                parameters.accumulate(item.weight, item.gradient())
+                gradient, before = item.gradient(), sums.pop(item.weight, None)
+                if before is not None:
+                    gradient = before.add_(gradient)
+                uses[item.weight] -= 1
+                if uses[item.weight]:
+                    sums[item.weight] = gradient
+                else:
+                    parameters.accumulate(item.weight, gradient)
 
     def _is_final(self, action: Action) -> bool:
         """Whether a microbatch is the last of its update."""
