@@ -90,7 +90,7 @@ def _with_choice(resolved: dict[str, Any], plan: Plan) -> dict[str, Any]:
     before, after = resolved["config"]["pipeline"], decided["config"]["pipeline"]
     chosen = [f"pipeline.{key}" for key, value in after.items() if value != before[key]]
     origins = {**resolved["origins"], **{path: decided["origins"][path] for path in chosen}}
-    return {**resolved, "config": decided["config"], "origins": origins}
+    return {**resolved, "config": decided["config"], "origins": origins, "notes": decided["notes"]}
 
 
 class Run:

@@ -137,11 +137,10 @@ class Trainer:
         step began; evaluation and checkpoints must wait until the iterator is exhausted.
         """
         self._train_mode(True)
-        before_s = time.perf_counter()
+        before_s: float | None = None
         for finished in self.steps.train(self.state.step, num_steps):
-            record = self._record(finished, before_s)
-            before_s = time.perf_counter()
-            yield record
+            yield self._record(finished, before_s)
+            before_s = finished.marks_s[-1]
 
     def train_step(self) -> StepRecord:
         """One step by itself: forward and backward of every microbatch, reduction, clipping, optimizer."""
@@ -158,7 +157,7 @@ class Trainer:
 
     def update(self, accumulated: Accumulated) -> StepRecord:
         """The second half of a step that `accumulate` began."""
-        return self._record(self._synchronous().update(accumulated), accumulated.marks_s[0])
+        return self._record(self._synchronous().update(accumulated))
 
     def _synchronous(self) -> SynchronousSteps:
         if not isinstance(self.steps, SynchronousSteps):
@@ -169,8 +168,11 @@ class Trainer:
             )
         return self.steps
 
-    def _record(self, finished: Finished, before_s: float) -> StepRecord:
-        """Count a step, and make its record; `before_s` is when the record before was made."""
+    def _record(self, finished: Finished, before_s: float | None = None) -> StepRecord:
+        """Count a step, and make its record. `before_s` is when the step before was over, if it belonged to the same span.
+
+        A step's time runs from there, as the beginning of one may overlap the end of another.
+        """
         outcome, loss = finished.outcome, finished.loss
         norm = outcome.grad_norm
         if not outcome.skipped and not isfinite(loss if norm is None else norm):
@@ -184,7 +186,7 @@ class Trainer:
         self.state.tokens += finished.tokens
         self.records = finished.records
         self.host_memory.settle()
-        elapsed = time.perf_counter() - before_s
+        elapsed = finished.marks_s[-1] - (finished.marks_s[0] if before_s is None else before_s)
         positions = self.config.train_batch_size * self.config.model.sequence_length
         flops = {causal: per_token * positions / elapsed for causal, per_token in self.flops_per_token.items()}
         peak = self.config.run.peak_flops
