@@ -25,7 +25,7 @@ def test_layout_reproduces_one_process_on_cuda(cell: Cell) -> None:
     assert difference <= RTOL, f"{cell}: {difference:.2e}"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_loss_is_bit_equal_across_schedules(family: str) -> None:
     """One layout, three schedules (one of them cut into other stages): the same bits, with dropout and clipping."""
     curves = {}

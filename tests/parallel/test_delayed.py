@@ -129,18 +129,21 @@ def states_of(outcomes: Sequence[Outcome], role: str) -> reference.Weights:
 
 # -------------------------------------------------------------------------------------------- against the simulation
 
+SLOW = pytest.mark.slow  # in `make matrix` only
 CELLS = [
     Cell(1, 2, 1, "pipedream", 1, 2, 0, False, False, "none", 0.1, "gpt2"),
     Cell(2, 2, 2, "pipedream", 1, 5, 1, False, True, "full", 0.1, "llama", True, True),
-    Cell(1, 3, 2, "pipedream", 1, 3, 0, False, False, "selective", 0.1, "gpt2"),
+    pytest.param(Cell(1, 3, 2, "pipedream", 1, 3, 0, False, False, "selective", 0.1, "gpt2"), marks=SLOW),
     Cell(2, 3, 1, "pipedream", 1, 7, 1, False, False, "none", 0.1, "llama"),
-    Cell(2, 4, 1, "pipedream", 1, 4, 0, False, False, "full", 0.1, "gpt2"),
-    Cell(1, 4, 2, "pipedream", 1, 5, 1, False, True, "none", 0.1, "gpt2", False, True),
+    pytest.param(Cell(2, 4, 1, "pipedream", 1, 4, 0, False, False, "full", 0.1, "gpt2"), marks=SLOW),
+    pytest.param(Cell(1, 4, 2, "pipedream", 1, 5, 1, False, True, "none", 0.1, "gpt2", False, True), marks=SLOW),
     Cell(2, 2, 1, "pipedream_2bw", 1, 3, 0, True, False, "none", 0.1, "gpt2"),
     Cell(1, 2, 2, "pipedream_2bw", 1, 2, 1, False, True, "full", 0.1, "llama", True, True),
     Cell(1, 3, 1, "pipedream_2bw", 1, 7, 0, True, False, "none", 0.1, "gpt2"),
-    Cell(2, 3, 1, "pipedream_2bw", 1, 3, 1, True, False, "selective", 0.1, "llama", False, True),
-    Cell(1, 4, 2, "pipedream_2bw", 1, 4, 0, True, True, "none", 0.1, "gpt2", True),
+    pytest.param(
+        Cell(2, 3, 1, "pipedream_2bw", 1, 3, 1, True, False, "selective", 0.1, "llama", False, True), marks=SLOW
+    ),
+    pytest.param(Cell(1, 4, 2, "pipedream_2bw", 1, 4, 0, True, True, "none", 0.1, "gpt2", True), marks=SLOW),
     Cell(2, 4, 1, "pipedream_2bw", 1, 5, 1, False, False, "full", 0.1, "gpt2"),
 ]
 

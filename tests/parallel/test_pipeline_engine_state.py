@@ -250,7 +250,7 @@ print("left")
 """
 
 
-@pytest.mark.parametrize("how", ["close", "drop", "keep"])
+@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("close", "drop")), "keep"])
 def test_scripts_end_in_peace(how: str, tmp_path: Path) -> None:
     """Under torchrun's environment the world is joined, and left, whoever still holds the engine or the module."""
     script = tmp_path / "script.py"

@@ -303,7 +303,11 @@ def same(first: Run, second: Run) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first.states, second.states, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(layout, marks=[pytest.mark.slow] if index % 2 else []) for index, layout in enumerate(LAYOUTS)],
+    ids=str,
+)
 def test_whole_runs(layout: Layout) -> None:
     expected, found = run_all(layout, "step"), run_all(layout, "postvalidate")
     assert all(same(a, b) for a, b in zip(expected, found, strict=True))
