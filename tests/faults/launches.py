@@ -18,8 +18,9 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent.parent
 GONE_S = 2.0
 _DRIVER = """
-import json, sys
+import json, signal, sys
 from trilith_launcher import launch
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, and the tests send it
 code = launch(**json.loads(sys.argv[1]))
 assert "torch" not in sys.modules
 sys.exit(code)
