@@ -14,19 +14,15 @@ from typing import Any
 
 from trilith.config import Config, Resolved, load_config, resolve
 from trilith.config.base import AUTO
-from trilith.config.layout_keys import FROM_FILE
 from trilith.data.batch import check_data, open_batches
-from trilith.errors import ConfigError, DataError, ScheduleError, Violation
+from trilith.errors import ConfigError, DataError, Violation
 from trilith.models.activations import ActivationBytes, boundary_bytes, stage_activations
 from trilith.models.base import UnitDecl, num_parameters, stage_parameters, train_flops_per_token
 from trilith.models.families import declare, rules
 from trilith.pipeline.action import Schedule
-from trilith.pipeline.check import check
 from trilith.pipeline.memory import RankMemory, activation_setting, rank_memories
+from trilith.pipeline.of_config import asked_problems, asked_schedule, completed, tied_ranks
 from trilith.pipeline.partition import Cuts, partition, partition_problems
-from trilith.pipeline.passes import complete
-from trilith.pipeline.schedule_file import read_schedule
-from trilith.pipeline.schedules import make_schedule, schedule_problems
 from trilith.pipeline.search import (
     LIMIT_KEY,
     Measured,
@@ -43,8 +39,6 @@ from trilith.pipeline.simulate import Simulation, simulate
 from trilith.topology import Degrees, PlannedGroup, group_plan
 from trilith.zero.partition import tied_flat_units
 
-FILE_KEY = "pipeline.schedule_file"
-FIX_FILE = "Mend the file, or name a schedule."
 GROUPS_SHOWN = 12
 
 
@@ -156,10 +150,10 @@ def _plan(resolved: Resolved, measured: Measured | None) -> Plan:
         cuts, schedule = ranking.best.cuts, ranking.best.schedule
         resolved = _noted(resolved, ranking) if measured is None else _decided(resolved, ranking.best)
     else:
-        schedule = _named_schedule(config)
+        schedule = asked_schedule(config)
         cuts = partition(units, schedule.num_stages, config.pipeline.partition)
     tied_stages = _tied_stages(units, cuts)
-    schedule = _completed(replace(schedule, ties=tuple(tied_stages.values())), config)
+    schedule = completed(replace(schedule, ties=tuple(tied_stages.values())), config)
     parallel = config.parallel
     degrees = Degrees(
         pipeline=parallel.pipeline,
@@ -168,72 +162,21 @@ def _plan(resolved: Resolved, measured: Measured | None) -> Plan:
         context=parallel.context,
         tensor=parallel.tensor,
     )
-    return Plan(resolved, degrees, units, cuts, schedule, _tied_ranks(tied_stages, schedule), ranking, measured)
+    return Plan(resolved, degrees, units, cuts, schedule, tied_ranks(tied_stages, schedule), ranking, measured)
 
 
 def layout_problems(config: Config) -> list[Violation]:
     """Every rule of models, schedules, stages and data that a resolved config breaks."""
-    pipeline, num_stages = config.pipeline, None
     found = rules(config)
-    if pipeline.schedule == FROM_FILE:
-        found += _file_problems(config)
-    elif pipeline.schedule != AUTO:
-        microbatches, ranks = config.gradient_accumulation_steps, config.parallel.pipeline
-        found += schedule_problems(pipeline.schedule, ranks, pipeline.virtual_stages, microbatches)
-        num_stages = ranks * pipeline.virtual_stages
-    if num_stages is not None:
-        found += partition_problems(config.model.num_layers, num_stages, pipeline.partition)
+    if config.pipeline.schedule != AUTO:
+        problems, num_stages = asked_problems(config)
+        found += problems
+        if num_stages is not None:
+            found += partition_problems(config.model.num_layers, num_stages, config.pipeline.partition)
     return [*found, *_data_problems(config)]
 
 
 # ---- schedule and stages ------------------------------------------------------------------------------------------
-
-
-def _file_problems(config: Config) -> list[Violation]:
-    """What is wrong with a schedule's file, and where it does not fit the rest of the config."""
-    pipeline, path = config.pipeline, config.pipeline.schedule_file
-    if path is None:
-        return []  # a rule of the config's own
-    try:
-        schedule = read_schedule(path)
-    except ScheduleError as error:
-        return [Violation(FILE_KEY, path, str(error), FIX_FILE)]
-    found = []
-    per_rank = schedule.num_stages / schedule.num_ranks
-    for key, value, in_file, what in (
-        ("parallel.pipeline", config.parallel.pipeline, schedule.num_ranks, "pipeline ranks"),
-        ("gradient_accumulation_steps", config.gradient_accumulation_steps, schedule.num_microbatches, "microbatches"),
-        ("pipeline.virtual_stages", pipeline.virtual_stages, per_rank, "stages per rank"),
-    ):
-        if value not in (in_file, AUTO):
-            rule = f"must be as in {FILE_KEY} {path}, which has {in_file:g} {what}"
-            found.append(Violation(key, value, rule, "Change one of the two."))
-    return [*found, *partition_problems(config.model.num_layers, schedule.num_stages, pipeline.partition)]
-
-
-def _named_schedule(config: Config) -> Schedule:
-    """The computations of the schedule that the config names."""
-    pipeline = config.pipeline
-    if pipeline.schedule == FROM_FILE:
-        assert pipeline.schedule_file is not None
-        return read_schedule(pipeline.schedule_file)
-    microbatches = config.gradient_accumulation_steps
-    return make_schedule(pipeline.schedule, config.parallel.pipeline, pipeline.virtual_stages, microbatches)
-
-
-def _completed(schedule: Schedule, config: Config) -> Schedule:
-    """The schedule with its communication, reductions and validations, proven.
-
-    Raises ConfigError where a file's cannot run: those that we make can.
-    """
-    try:
-        schedule = complete(schedule, validate=config.pipeline.optimizer_sync == "postvalidate")
-        check(schedule)
-    except ScheduleError as error:
-        if config.pipeline.schedule != FROM_FILE:
-            raise
-        raise ConfigError([Violation(FILE_KEY, config.pipeline.schedule_file, str(error), FIX_FILE)]) from None
-    return schedule
 
 
 def _search(config: Config, units: tuple[UnitDecl, ...], measured: Measured | None) -> Ranking:
@@ -241,7 +184,7 @@ def _search(config: Config, units: tuple[UnitDecl, ...], measured: Measured | No
     pipeline = config.pipeline
     partitions: tuple[PartitionMode, ...] = (pipeline.partition,)
     if pipeline.schedule != AUTO:
-        schedules: tuple[Schedule, ...] = (_named_schedule(config),)
+        schedules: tuple[Schedule, ...] = (asked_schedule(config),)
     else:
         virtual_stages = None if pipeline.virtual_stages == AUTO else pipeline.virtual_stages
         num_ranks, microbatches = config.parallel.pipeline, config.gradient_accumulation_steps
@@ -276,12 +219,6 @@ def _tied_stages(units: Sequence[UnitDecl], cuts: Cuts) -> dict[str, tuple[int, 
         if len(stages) > 1:
             found[name] = tuple(stages)
     return found
-
-
-def _tied_ranks(tied_stages: Mapping[str, tuple[int, ...]], schedule: Schedule) -> Mapping[str, tuple[int, ...]]:
-    """Flat unit -> the pipeline ranks that hold a copy of it, for those that several do."""
-    ranks = {name: {schedule.placement[stage] for stage in stages} for name, stages in tied_stages.items()}
-    return MappingProxyType({name: tuple(sorted(held)) for name, held in ranks.items() if len(held) > 1})
 
 
 def _noted(resolved: Resolved, ranking: Ranking) -> Resolved:

@@ -10,19 +10,14 @@ from types import MappingProxyType
 
 from trilith.config import Config
 from trilith.config.base import AUTO
-from trilith.config.layout_keys import FROM_FILE
-from trilith.errors import ConfigError, ScheduleError, TrilithError, Violation
+from trilith.errors import ConfigError, TrilithError, Violation
 from trilith.models.layer_stage import Holders, holders_of, unit_of
 from trilith.models.pipeline_model import DeclaredLayer, PipelineModel
 from trilith.pipeline.action import Schedule
-from trilith.pipeline.check import check
+from trilith.pipeline.of_config import asked_problems, asked_schedule, completed, tied_ranks
 from trilith.pipeline.partition import Cuts, layers_per_stage, partition_units
-from trilith.pipeline.passes import complete
-from trilith.pipeline.schedule_file import read_schedule
-from trilith.pipeline.schedules import make_schedule, schedule_problems
 from trilith.topology import Ties
 
-FIX_FILE = "Mend the file, or name a schedule."
 PARTITION, TYPE = "PipelineModel partition", "type:"
 
 
@@ -52,8 +47,9 @@ def lay_out(model: PipelineModel, config: Config) -> Layout:
 
     Raises ConfigError or TrilithError for what the config or the model asks for and cannot be had.
     """
-    _refuse(config)
-    schedule = _named_schedule(config)
+    _require(config, _own_problems(config))
+    _require(config, asked_problems(config)[0])
+    schedule = asked_schedule(config)
     declared = model.declared
     mode = config.pipeline.partition if model.partition is None else model.partition
     cuts = cut_layers(declared, schedule.num_stages, mode)
@@ -68,15 +64,8 @@ def lay_out(model: PipelineModel, config: Config) -> Layout:
         raise TrilithError("no parameter of the model requires a gradient: there is nothing to train")
     tied = tuple(dict.fromkeys(stages for name, stages in holders.items() if len(stages) > 1 and name in trained))
     schedule = replace(schedule, ties=tied, frozen=frozenset(frozen))
-    try:
-        schedule = complete(schedule, validate=config.pipeline.optimizer_sync == "postvalidate")
-        check(schedule)
-    except ScheduleError as error:
-        if config.pipeline.schedule != FROM_FILE:
-            raise
-        path = config.pipeline.schedule_file
-        raise ConfigError([Violation("pipeline.schedule_file", path, str(error), FIX_FILE)]) from None
-    ties = _tied_ranks(holders, schedule)
+    schedule = completed(schedule, config)
+    ties = tied_ranks(holders, schedule)
     if config.pipeline.schedule == "pipedream" and schedule.shared_ties:
         raise TrilithError(
             f"PipelineModel: {', '.join(sorted(ties))}: tied over pipeline ranks, but pipeline.schedule pipedream updates "
@@ -85,12 +74,13 @@ def lay_out(model: PipelineModel, config: Config) -> Layout:
     return Layout(declared, cuts, schedule, MappingProxyType(holders), ties)
 
 
-def _tied_ranks(holders: Holders, schedule: Schedule) -> Ties:
-    ranks = {name: tuple(sorted({schedule.placement[s] for s in stages})) for name, stages in holders.items()}
-    return MappingProxyType({name: held for name, held in ranks.items() if len(held) > 1})
+def _require(config: Config, problems: list[Violation]) -> None:
+    """Refuse a config that breaks rules."""
+    if problems:
+        raise ConfigError(config.provenance.locate(problems), config.provenance.source)
 
 
-def _refuse(config: Config) -> None:
+def _own_problems(config: Config) -> list[Violation]:
     """What only a model that the config describes can have."""
     found = []
     if config.parallel.tensor > 1:
@@ -110,38 +100,7 @@ def _refuse(config: Config) -> None:
     if config.activation_checkpointing.recompute == "selective":
         rule = "only models that the section `model` describes have an attention core that is known"
         found.append(Violation("activation_checkpointing.recompute", "selective", rule, 'Use "full" or "none".'))
-    if found:
-        raise ConfigError(config.provenance.locate(found), config.provenance.source)
-
-
-def _named_schedule(config: Config) -> Schedule:
-    """The computations of the schedule that the config names. Raises ConfigError where it does not fit the config."""
-    pipeline, ranks, count = config.pipeline, config.parallel.pipeline, config.gradient_accumulation_steps
-    if pipeline.schedule != FROM_FILE:
-        problems = schedule_problems(pipeline.schedule, ranks, pipeline.virtual_stages, count)
-        if problems:
-            raise ConfigError(config.provenance.locate(problems), config.provenance.source)
-        return make_schedule(pipeline.schedule, ranks, pipeline.virtual_stages, count)
-    assert pipeline.schedule_file is not None, "a rule of the config"
-    try:
-        schedule = read_schedule(pipeline.schedule_file)
-    except ScheduleError as error:
-        violation = Violation("pipeline.schedule_file", pipeline.schedule_file, str(error), FIX_FILE)
-        raise ConfigError([violation]) from None
-    found = [
-        Violation(
-            key, value, f"must be as in {pipeline.schedule_file}, which has {in_file:g}", "Change one of the two."
-        )
-        for key, value, in_file in (
-            ("parallel.pipeline", ranks, schedule.num_ranks),
-            ("gradient_accumulation_steps", count, schedule.num_microbatches),
-            ("pipeline.virtual_stages", pipeline.virtual_stages, schedule.num_stages / schedule.num_ranks),
-        )
-        if value not in (in_file, AUTO)
-    ]
-    if found:
-        raise ConfigError(config.provenance.locate(found), config.provenance.source)
-    return schedule
+    return found
 
 
 def cut_layers(declared: Sequence[DeclaredLayer], num_stages: int, mode: str | Sequence[int]) -> Cuts:
