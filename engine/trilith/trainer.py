@@ -38,8 +38,7 @@ from trilith.process_groups import build_topology
 from trilith.stepping.base import Finished, LossReport, Parts, Stepper
 from trilith.stepping.make import make_stepper
 from trilith.stepping.synchronous import Accumulated, SynchronousSteps
-from trilith.zero.delayed import DelayedModel
-from trilith.zero.stage12 import ShardedModel
+from trilith.zero.delayed import make_model
 
 CPU = torch.device("cpu")
 
@@ -77,7 +76,7 @@ class Trainer:
         self.topology = build_topology(plan.degrees, place.device, timeout_s, ties=plan.ties, channels=channels)
         self.policy = PrecisionPolicy.from_config(self.config)
         self.stages = build.build_stages(self.config, plan.stages, plan.schedule, self.topology, self.policy)
-        self.model = self._make_model()
+        self.model = make_model(plan.schedule, self.stages, self.topology, self.policy, self.config)
         build.initialise(self.model, self.stages, self.policy, self.config.training.seed)
         self.pipeline = {
             index: PipelineStage(
@@ -100,11 +99,6 @@ class Trainer:
         self.records: list[Record] = []
         self.host_memory = HostMemory()
         self.flops_per_token = {causal: train_flops_per_token(plan.units, causal) for causal in (True, False)}
-
-    def _make_model(self) -> ShardedModel:
-        if self.plan.is_delayed:
-            return DelayedModel(self.stages, self.topology, self.policy, self.config)
-        return ShardedModel(self.stages, self.topology, self.policy, self.config)
 
     def _make_stepper(self) -> Stepper:
         parts = Parts(

@@ -18,7 +18,7 @@ from trilith.pipeline.action import Schedule
 from trilith.pipeline.memory import RankMemory
 from trilith.pipeline.partition import Cuts, num_layers_in, num_layers_of, partition, partition_problems
 from trilith.pipeline.schedules import SCHEDULES, Recipe, make_schedule, schedule_problems
-from trilith.pipeline.simulate import Costs, Simulation, simulate
+from trilith.pipeline.simulate import Costs, simulate
 
 PartitionMode = str | tuple[int, ...]
 LIMIT_KEY = "pipeline.memory_limit_bytes"
@@ -225,21 +225,12 @@ def _judge(question: Question, schedule: Schedule, mode: PartitionMode, cuts: Cu
         partition=mode,
         cuts=cuts,
         num_layers=num_layers_of(question.units, cuts),
-        time_s=_longest_span(simulation, schedule.num_ranks) if question.overlaps_steps else simulation.makespan_s,
+        time_s=simulation.span_s if question.overlaps_steps else simulation.makespan_s,
         bubble=simulation.bubble,
         bubble_makespan=simulation.bubble_makespan,
         memory_bytes=memory,
         fits=limit is None or memory <= limit,
     )
-
-
-def _longest_span(simulation: Simulation, num_ranks: int) -> float:
-    """The longest time between a rank's first start and its last end."""
-    starts, ends = [float("inf")] * num_ranks, [0.0] * num_ranks
-    for bar in simulation.bars:
-        starts[bar.rank] = min(starts[bar.rank], bar.start_s)
-        ends[bar.rank] = max(ends[bar.rank], bar.end_s)
-    return max(end - start for start, end in zip(starts, ends, strict=True))
 
 
 def _nothing_can_be_made(question: Question) -> Violation:

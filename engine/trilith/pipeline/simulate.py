@@ -89,14 +89,15 @@ class Bar:
 class Simulation:
     """A simulated step. Fractions are of 1.
 
-    `bubble`: 1 - work / span, where work is the mean busy time of a rank and span the longest time between a rank's
-    first start and its last end (what the papers quote). `bubble_makespan`: 1 - work / makespan of the whole step.
+    `span_s`: the longest time between a rank's first start and its last end. `bubble`: 1 - work / span, where work is
+    the mean busy time of a rank (what the papers quote). `bubble_makespan`: 1 - work / makespan of the whole step.
     `peak_chunks[rank]`: most (stage, microbatch) live at once (`peak_chunks`). `peak_microbatches[rank]`: the same in
     units of the rank's whole share of the model, that is, divided by its number of stages.
     """
 
     bars: tuple[Bar, ...]
     makespan_s: float
+    span_s: float
     bubble: float
     bubble_makespan: float
     peak_microbatches: tuple[float, ...]
@@ -284,6 +285,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     return Simulation(
         bars=bars,
         makespan_s=makespan,
+        span_s=span,
         bubble=1.0 - work / span if span else 0.0,
         bubble_makespan=1.0 - work / makespan if makespan else 0.0,
         peak_microbatches=tuple(count / max(1, len(schedule.stages_of(rank))) for rank, count in enumerate(chunks)),

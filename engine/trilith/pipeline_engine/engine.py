@@ -52,7 +52,7 @@ from trilith.stepping.make import make_stepper
 from trilith.stepping.synchronous import SynchronousSteps
 from trilith.topology import Degrees, Topology
 from trilith.zero import module as data_parallel
-from trilith.zero.delayed import DelayedModel
+from trilith.zero.delayed import make_model
 from trilith.zero.module import device_of, join, leave_at_exit, place, without_groups
 from trilith.zero.stage12 import ShardedModel, Sharding, StepOutcome
 
@@ -178,8 +178,8 @@ class PipelineEngine:
                 self._deferred += defer_linears(self._stages[index], queue)
         groups, make_optimizer_ = multipliers(config.optimizer.param_groups), make_optimizer(config.optimizer)
         sharding = Sharding(layout.unit_names, layout.tied_units, groups, make_optimizer_)
-        make_model = DelayedModel if layout.schedule.update_every else ShardedModel
-        sharded = make_model(self._stages, topology, PrecisionPolicy.from_config(config), config, sharding)
+        policy = PrecisionPolicy.from_config(config)
+        sharded = make_model(layout.schedule, self._stages, topology, policy, config, sharding)
         last = len(layout.cuts) - 1
         stages = {
             index: PipelineStage(index, module, sharded.stage(index), index == 0, index == last, queues[index])
@@ -279,9 +279,7 @@ class PipelineEngine:
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        sharded = self._running.sharded
-        stashes = isinstance(sharded, DelayedModel) and sharded.stashes
-        return self._lr(self.global_steps if stashes else sharded.optimizer_steps)
+        return self._lr(self._running.sharded.optimizer_steps)
 
     @property
     def global_grad_norm(self) -> float | None:

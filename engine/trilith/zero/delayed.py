@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from trilith import comm
 from trilith.checkpoint.load import PREVIOUS
 from trilith.optim.base import FlatPartition
+from trilith.pipeline.action import Schedule
 from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
 from trilith.zero.flat import DeclaredModule, FlatUnit, buffer_view
@@ -329,3 +330,16 @@ def _version_of(unit: FlatUnit, *, shares_gradient: bool) -> FlatUnit:
         if shares_gradient
         else tuple(buffer_view(gradient, place) for place in unit.layout.placed),
     )
+
+
+def make_model(
+    schedule: Schedule,
+    stages: Mapping[int, DeclaredModule],
+    topology: Topology,
+    policy: PrecisionPolicy,
+    config: Any,
+    sharding: Sharding | None = None,
+) -> ShardedModel:
+    """The storage of a rank's stages that `schedule` asks for; the other arguments are those of `ShardedModel`."""
+    kind = DelayedModel if schedule.update_every else ShardedModel
+    return kind(stages, topology, policy, config, sharding)
