@@ -1,4 +1,4 @@
-"""Keys of the sections that lay a run out: `parallel`, `pipeline`, `zero_optimization`, `activation_checkpointing`."""
+"""Keys of the sections that lay a run out: `parallel`, `pipeline`, `activation_checkpointing`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pydantic import BeforeValidator, WithJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError
 
-from trilith.config.base import AUTO, Auto, Bool, ConfigModel, Count, CountOrZero, Positive, Text, WholeNumber, key
+from trilith.config.base import AUTO, Auto, Bool, ConfigModel, Count, Positive, Text, key
 
-Stage = Annotated[Literal[0, 1], WholeNumber]
 Partition = Literal["cost", "uniform", "parameters", "auto"]
 ScheduleName = Literal[
     "gpipe",
@@ -108,15 +107,3 @@ class ActivationCheckpointingConfig(ConfigModel):
     recompute: Literal["none", "selective", "full"] = key(
         "none", "What backward computes again: nothing, attention's core only (selective), or whole blocks (full)."
     )
-
-
-class ZeroConfig(ConfigModel):
-    """What data-parallel ranks partition among themselves (Rajbhandari et al. 2020)."""
-
-    stage: Stage = key(0, "What is partitioned: 0 nothing, 1 optimizer states and master weights.")
-    reduce_bucket_size: Auto[CountOrZero] = key(
-        500_000_000,
-        "Gradients of units are reduced together up to this size. auto: model.hidden_size squared.",
-        "elements",
-    )
-    overlap_comm: Auto[Bool] = key("auto", "Reduce gradients while backward runs. auto: true.")

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from trilith.config.base import AUTO, Auto, Bool, ConfigModel, Count, Door, LocatedViolation, NotNegative, OrAbsent, key
 from trilith.config.deepspeed import accepted_paths
-from trilith.config.layout_keys import ActivationCheckpointingConfig, ParallelConfig, PipelineConfig, ZeroConfig
+from trilith.config.layout_keys import ActivationCheckpointingConfig, ParallelConfig, PipelineConfig
 from trilith.config.model_keys import DataConfig, ModelConfig
 from trilith.config.run_keys import CheckpointConfig, CsvMonitorConfig, RunConfig, TensorBoardConfig, TrainingConfig
 from trilith.config.training_keys import (
@@ -25,6 +25,7 @@ from trilith.config.training_keys import (
     OptimizerConfig,
     SchedulerConfig,
 )
+from trilith.config.zero_keys import AioConfig, ZeroConfig
 from trilith.errors import Violation
 
 NOTHING: Mapping[Any, Any] = MappingProxyType({})
@@ -107,6 +108,7 @@ class Config(ConfigModel):
         "auto", "Number format in which gradients are reduced. auto: data_types.grad_accum_dtype."
     )
     zero_optimization: ZeroConfig = key(ZeroConfig(), "What data-parallel ranks partition.")
+    aio: AioConfig = key(AioConfig(), "How offloaded files are read and written.")
     activation_checkpointing: ActivationCheckpointingConfig = key(
         ActivationCheckpointingConfig(), "Recompute of activations."
     )
