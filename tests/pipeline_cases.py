@@ -108,7 +108,10 @@ class Calls(NullParameters):
     def begin_backward(self, microbatch: int, final: bool) -> None:
         self.calls.append(f"{'final' if final else 'backward'} {microbatch}")
 
-    def begin_weight_gradients(self, weights: Sequence[torch.Tensor], final: bool) -> None:
+    def begin_input_gradients(self, microbatch: int) -> None:
+        self.calls.append(f"backward {microbatch}")
+
+    def begin_weight_gradients(self, microbatch: int, weights: Sequence[torch.Tensor], final: bool) -> None:
         self.calls.append(f"{'final weights' if final else 'weights'} {len(weights)}")
 
     def reduce(self, microbatch: int) -> None:

@@ -19,7 +19,7 @@ from trilith.pipeline.action import Schedule
 from trilith.precision import PrecisionPolicy
 from trilith.rng import stream_key
 from trilith.topology import Topology
-from trilith.zero.stage12 import ShardedModel
+from trilith.zero.sharded import ShardedModel
 
 
 def build_stages(

@@ -58,8 +58,8 @@ class TokenFeed:
     def _batch(self, data: Batches, first: int, count: int, per_microbatch: bool) -> StepBatch:
         """This rank's microbatches from sample `first` on: the same global batch in every layout."""
         self._failpoints.hit("data_read")
-        size, dp = self.config.train_micro_batch_size_per_gpu, self.topology.dp
-        ids = [microbatch_ids(first, index, size, dp.index, dp.size) for index in range(count)]
+        size, topology = self.config.train_micro_batch_size_per_gpu, self.topology
+        ids = [microbatch_ids(first, i, size, topology.data_index, topology.data_size) for i in range(count)]
         tokens = self._sum_over_data([data.count_targets(i) for i in ids])
         total = sum(tokens)
         counted = tokens if per_microbatch else [total] * count
@@ -86,7 +86,8 @@ class TokenFeed:
     def _sum_over_data(self, counts: Sequence[int]) -> list[int]:
         """Per microbatch, the targets of all data ranks; without a mask every rank has as many."""
         if self.config.data.loss_mask == "none":
-            return [count * self.topology.dp.size for count in counts]
+            return [count * self.topology.data_size for count in counts]
         totals = torch.tensor(counts, dtype=torch.float64, device=self.topology.device)
-        comm.all_reduce(totals, self.topology.dp).wait()
+        for group in (self.topology.dp, self.topology.replicate):
+            comm.all_reduce(totals, group).wait()
         return [int(total) for total in totals.tolist()]

@@ -120,11 +120,11 @@ class _Timed(NullParameters):
         """A forward begins."""
         self._stopwatch.start()
 
-    def begin_backward(self, microbatch: int, final: bool) -> None:
+    def begin_input_gradients(self, microbatch: int) -> None:
         """The first half of a backward begins."""
         self._stopwatch.start()
 
-    def begin_weight_gradients(self, weights: Sequence[torch.Tensor], final: bool) -> None:
+    def begin_weight_gradients(self, microbatch: int, weights: Sequence[torch.Tensor], final: bool) -> None:
         """The second half begins."""
         self._stopwatch.start()
 

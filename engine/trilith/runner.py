@@ -272,7 +272,7 @@ class Run:
     def _gather_timeline(self) -> None:
         """The newest step's actions of one rank a pipeline rank, on rank 0's clock."""
         topology, plan = self.trainer.topology, self.trainer.plan
-        shown = topology.dp.index == 0 and topology.tp.index == 0
+        shown = topology.data_index == 0 and topology.tp.index == 0
         offset_s = comm.clock_offset_s(self.control)
         mine = [
             [r.kind.value, r.stage, r.microbatch, r.start_s + offset_s, r.end_s + offset_s]

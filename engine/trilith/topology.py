@@ -352,6 +352,16 @@ class Topology:
         return self.group("replicate")
 
     @property
+    def data_size(self) -> int:
+        """Ranks that train on different samples: replicate x shard."""
+        return self.degrees.replicate * self.degrees.shard
+
+    @property
+    def data_index(self) -> int:
+        """This rank's place among them."""
+        return self.coordinate("replicate") * self.degrees.shard + self.coordinate("shard")
+
+    @property
     def pp(self) -> Group:
         """The ranks of one pipeline."""
         return self.group("pp")

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import trilith
 from tests.harness import assert_close_named, run_ranks
 from trilith.errors import ConfigError, TrilithError
-from trilith.zero.module import Engine, unit_of
+from trilith.zero.module import Declared, Engine
 
 IN, HIDDEN, BATCH, STEPS, LR = 6, 9, 12, 4, 0.05
 
@@ -281,9 +281,9 @@ def test_units_are_blocks_and_top_level_children() -> None:
     body.add_module("layers", nn.ModuleList([Net(0)]))
     body.add_module("norm", nn.LayerNorm(2))
     net.register_parameter("bias", nn.Parameter(torch.zeros(1)))
-    units = {name: unit_of(net, name) for name, _ in net.named_parameters()}
+    units = {parameter.name: parameter.flat_unit for parameter in Declared(net).local_parameters}
     assert units["body.layers.0.blocks.1.weight"] == "body.layers.0"
-    assert units["body.norm.weight"] == "body"
+    assert units["body.norm.weight"] == "body.norm"
     assert units["bias"] == "root"
 
 

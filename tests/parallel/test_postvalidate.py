@@ -26,7 +26,7 @@ from trilith.stepping.postvalidated import PostvalidatedSteps
 from trilith.topology import Degrees
 from trilith.trainer import Place, Trainer
 from trilith.zero.postvalidate import PostValidation
-from trilith.zero.stage12 import ShardedModel, Sharding
+from trilith.zero.sharded import ShardedModel, Sharding
 
 STEPS, WIDTH = 50, 37
 BOUND, LATE_S = 1.0, 1.0

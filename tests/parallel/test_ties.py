@@ -19,7 +19,7 @@ from trilith.precision import PrecisionPolicy
 from trilith.process_groups import build_topology
 from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
 from trilith.topology import Degrees
-from trilith.zero.stage12 import ShardedModel, Sharding
+from trilith.zero.sharded import ShardedModel, Sharding
 
 PLACEMENT = (0, 1, 1, 0)  # V-shaped: two stages on each of two pipeline ranks
 # Unit -> stages. `a` lies twice on rank 0 and once on rank 1; `a` and `z` come in another order on each rank; `own` lies

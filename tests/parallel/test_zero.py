@@ -20,7 +20,7 @@ from trilith.precision import PrecisionPolicy
 from trilith.process_groups import build_topology
 from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
 from trilith.topology import Degrees, Topology
-from trilith.zero.stage12 import ShardedModel, Sharding
+from trilith.zero.sharded import ShardedModel, Sharding
 
 VOCABULARY, HIDDEN, BLOCKS, BATCH, STEPS = 7, 5, 3, 12, 3
 LR, DECAY = 0.05, 0.1

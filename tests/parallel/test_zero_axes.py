@@ -30,7 +30,7 @@ from trilith.precision import PrecisionPolicy
 from trilith.process_groups import build_topology
 from trilith.topology import Degrees, Topology
 from trilith.zero.partition import flat_unit_names, tied_flat_units
-from trilith.zero.stage12 import ShardedModel, Sharding
+from trilith.zero.sharded import ShardedModel, Sharding
 
 HEADS, KV_HEADS, WIDTH, HIDDEN, VOCABULARY, STEPS = 6, 2, 3, 5, 11, 3
 OPTIONS, LR, CLIPPING = AdamOptions((0.8, 0.9), 1e-3, 0.1), 0.05, 0.5

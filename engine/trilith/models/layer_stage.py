@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from trilith.errors import TrilithError
 from trilith.layers.recompute import recomputed
 from trilith.models.base import LocalParameter
-from trilith.models.pipeline_model import DeclaredLayer, LayerSpec, ParameterOfLayer, PipelineModel
+from trilith.models.pipeline_model import DeclaredLayer, LayerSpec, ParameterOfLayer, PipelineModel, TiedLayerSpec
 from trilith.models.structure import (
     Form,
     put_together,
@@ -41,6 +42,18 @@ class LayerBatch:
     loss_weight: float
 
 
+class LayerCall(nn.Module):
+    """A layer as its stage calls it, which need not be `layer(value)`: what wants to know when it is used hooks this."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, value: Any) -> Any:
+        """The output of the layer."""
+        return self._function(value)
+
+
 class LayerStage(nn.Module):
     """Layers in a row, children named by their index in the model; the last stage computes the loss.
 
@@ -56,6 +69,8 @@ class LayerStage(nn.Module):
         for i, layer in layers.items():
             if isinstance(layer, nn.Module):
                 self.add_module(str(i), layer)
+        # In no module's list of children: parameters have one name.
+        self._calls = {i: LayerCall(partial(self._run_layer, i)) for i in layers}
         is_last = max(layers) == len(model.layers) - 1
         self._loss_fn = model.loss_fn if is_last else None
         declared = {p.name: p for i in layers for p in model.declared[i].parameters}
@@ -100,12 +115,34 @@ class LayerStage(nn.Module):
 
     def call(self, index: int, value: Any) -> Any:
         """The output of one layer."""
+        return self._calls[index](value)
+
+    def _run_layer(self, index: int, value: Any) -> Any:
         layer, spec = self._layer(index), self._specs[index]
         return spec.call(layer, value) if isinstance(spec, LayerSpec) else layer(value)
 
     def layers(self) -> dict[str, nn.Module]:
         """Its layers that are modules, by their index in the model."""
         return {name: layer for name, layer in self._modules.items() if name.isdigit() and layer is not None}
+
+    def home_of(self, name: str) -> str:
+        """The path of the layer that the parameter called `name` lies in."""
+        return name.partition(".")[0]
+
+    def homes(self) -> tuple[str, ...]:
+        """The layers in the order of forward."""
+        return tuple(map(str, self._specs))
+
+    def home(self, path: str) -> nn.Module:
+        """What calls the layer at `path`."""
+        return self._calls[int(path)]
+
+    def weightless_backwards(self) -> tuple[str, ...]:
+        """Layers whose backward reads no weights."""
+        plain = {
+            name: layer for name, layer in self.layers().items() if type(self._specs[int(name)]) is not TiedLayerSpec
+        }
+        return tuple(name for name, layer in plain.items() if is_lookup(layer))
 
     def handed_on(self, value: Any) -> tuple[dict[str, Tensor], Form]:
         """What goes to the next stage, by name, and its form."""
@@ -176,6 +213,11 @@ def _local_parameter(parameter: ParameterOfLayer, stage: int, holders: Holders) 
     unit = canonical if copies else unit_of(int(parameter.name.partition(".")[0]))
     # Norm weights and biases are vectors: decay is for matrices, unless a parameter group says otherwise.
     return LocalParameter(parameter.name, shape, (spec,), (), unit, len(shape) > 1, (), 0)
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether a module only looks up rows of its weight, which its backward does not read."""
+    return type(module) is nn.Embedding and module.max_norm is None
 
 
 def unit_of(layer: int) -> str:

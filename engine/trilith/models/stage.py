@@ -79,6 +79,23 @@ class StageModel(nn.Module):
         """Where its linears leave their weight gradients, under a schedule that splits backward."""
         return self.settings.placement.queue
 
+    def home_of(self, name: str) -> str:
+        """The path of the unit's module that the parameter called `name` lies in: all its uses are inside of a call."""
+        return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+
+    def homes(self) -> tuple[str, ...]:
+        """The units' modules in the order of forward."""
+        ends = (["embedding"] if self.embedding is not None else [], ["head"] if self.head is not None else [])
+        return (*ends[0], *(f"layers.{index}" for index in self.layers), *ends[1])
+
+    def home(self, path: str) -> nn.Module:
+        """The module of the unit at `path`."""
+        return self.get_submodule(path)
+
+    def weightless_backwards(self) -> tuple[str, ...]:
+        """Units' modules whose backward reads no weights: rows are looked up, and the mask is kept."""
+        return ("embedding",)
+
     def boundary(self, batch_size: int, sequence_length: int) -> Boundary:
         """Shape and dtype of what crosses from any stage of this model to the next, by name."""
         region = self.settings.placement.region_slice(sequence_length)

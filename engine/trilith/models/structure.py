@@ -8,7 +8,8 @@ strings and the like, so that it can travel as JSON and be compared.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -54,6 +55,21 @@ def take_apart(value: Any, what: str) -> tuple[list[Tensor], list[Scalar], Form]
         )
 
     return tensors, scalars, form_of(value)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in tuples, lists, mappings and dataclasses, however nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for member in value.values():
+            yield from tensors_in(member)
+    elif isinstance(value, (tuple, list)):
+        for member in value:
+            yield from tensors_in(member)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
 
 
 def put_together(form: Form, tensors: Sequence[Tensor], scalars: Sequence[Scalar]) -> Any:

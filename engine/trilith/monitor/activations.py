@@ -29,7 +29,7 @@ class ActivationMeter:
     """
 
     def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
-        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._excluded = {_identity(tensor) for tensor in excluded}
         self._references: dict[int, tuple[int, int]] = {}
         self._live_bytes = 0
         self.peak_bytes = 0
@@ -54,12 +54,11 @@ class ActivationMeter:
         return _Kept(self, tensor.detach())
 
     def add(self, tensor: Tensor) -> int:
-        """Count a reference to the tensor's storage; returns the storage's address (0: not counted)."""
-        storage = tensor.untyped_storage()
-        pointer = storage.data_ptr()
-        if pointer == 0 or pointer in self._excluded:
+        """Count a reference to the tensor's storage; returns the storage's identity (0: not counted)."""
+        pointer, num_bytes = _identity(tensor), tensor.untyped_storage().nbytes()
+        if num_bytes == 0 or pointer in self._excluded:
             return 0
-        count, num_bytes = self._references.get(pointer, (0, storage.nbytes()))
+        count, num_bytes = self._references.get(pointer, (0, num_bytes))
         self._references[pointer] = (count + 1, num_bytes)
         if count == 0:
             self._live_bytes += num_bytes
@@ -84,3 +83,8 @@ class ActivationMeter:
     @staticmethod
     def _unpack(kept: _Kept) -> Tensor:
         return kept.tensor
+
+
+def _identity(tensor: Tensor) -> int:
+    """What all views of a storage share, also while the storage is empty (weights that are gathered when needed)."""
+    return tensor.untyped_storage()._cdata

@@ -149,7 +149,7 @@ class _Recorder:
     def _activation(self, index: int, stage: StageModel, unit: str, output: Tensor, batch: Microbatch) -> None:
         """The observer of stage `index`: `unit`'s output for one microbatch."""
         config = self._trainer.config
-        size, dp = config.train_micro_batch_size_per_gpu, self._trainer.topology.dp.size
+        size, dp = config.train_micro_batch_size_per_gpu, self._trainer.topology.data_size
         samples = [int(sample) for sample in batch.sample_ids]
         microbatch = (samples[0] - (self._now - 1) * config.train_batch_size) // (size * dp)
         stored = self._store(f"{unit}-microbatch{microbatch}", self._now, {unit: output.detach().reshape(-1)})

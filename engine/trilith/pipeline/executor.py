@@ -173,6 +173,8 @@ class Executor:
         request = Request(microbatches, boundaries, loss_seed, validate, recorder)
         inbox = Inbox(self._channels, self._actions, boundaries, self._stale if validate is not None else None)
         self._step = Step(request, inbox, Outbox(self._channels))
+        for stage in self._stages.values():
+            stage.parameters.begin_run(self._schedule)
 
     def advance(self, stop: int | None = None) -> None:
         """Run the rank's actions from where it stands up to index `stop` (None: to the last)."""
@@ -283,14 +285,25 @@ class Executor:
             )
 
     def _backward(self, action: Action) -> None:
-        start_s = self._differentiate(action, final=self._is_final(action))
+        parameters, gradients = self._stages[action.stage].parameters, self._output_gradients(action)
+        start_s = time.perf_counter()
+        number, final = action.microbatch + self._now.offset, self._is_final(action)
+        parameters.begin_backward(number, final)
+        self._differentiate(action, gradients)
+        parameters.end_backward(number, final)
         self._record(action, start_s)
         self._return_gradients(action)
 
     def _backward_input(self, action: Action) -> None:
-        start_s, queue = self._differentiate(action, final=False), self._stages[action.stage].queue
-        if action.stage not in self._schedule.frozen:
-            self._now.deferred[action.stage, action.microbatch] = [] if queue is None else queue.take()
+        stage, gradients = self._stages[action.stage], self._output_gradients(action)
+        start_s = time.perf_counter()
+        number, trains = action.microbatch + self._now.offset, action.stage not in self._schedule.frozen
+        stage.parameters.begin_input_gradients(number)
+        self._differentiate(action, gradients)
+        deferred = stage.queue.take() if stage.queue is not None and trains else []
+        if trains:
+            self._now.deferred[action.stage, action.microbatch] = deferred
+        stage.parameters.end_input_gradients(number, {item.weight for item in deferred})
         self._record(action, start_s)
         self._return_gradients(action)
 
@@ -304,21 +317,20 @@ class Executor:
         for part in action.parts():
             self._table[part.kind](part)
 
-    def _differentiate(self, action: Action, final: bool) -> float:
-        """Autograd's part of a backward; returns when it began. The gradients of the inputs lie in their `.grad`."""
-        step, stage = self._now, self._stages[action.stage]
-        kept = step.kept[action.stage, action.microbatch]
-        gradients = {} if stage.is_last else self._take(Kind.RECEIVE_BACKWARD, action)
-        start_s = time.perf_counter()
-        number = action.microbatch + step.offset
-        stage.parameters.begin_backward(number, final)
+    def _output_gradients(self, action: Action) -> Tensors:
+        """What the backward of a stage is given by the stage behind it; waits for it."""
+        return {} if self._stages[action.stage].is_last else self._take(Kind.RECEIVE_BACKWARD, action)
+
+    def _differentiate(self, action: Action, gradients: Tensors) -> None:
+        """Autograd's part of a backward. The gradients of the inputs lie in their `.grad`."""
+        kept = self._now.kept[action.stage, action.microbatch]
         self._set_queue(action)
         if kept.loss is not None:
             if kept.loss.requires_grad:
-                torch.autograd.backward([kept.loss], [self._seed(kept.loss, number)])
+                seed = self._seed(kept.loss, action.microbatch + self._now.offset)
+                torch.autograd.backward([kept.loss], [seed])
         elif kept.edges:
-            torch.autograd.backward(list(kept.edges.values()), [gradients[name] for name in kept.edges])
-        return start_s
+            torch.autograd.backward(list(kept.edges.values()), [gradients.pop(name) for name in kept.edges])
 
     def _set_queue(self, action: Action) -> None:
         """Let the stage's linears defer their weight gradients, or not: whole backwards go without the detour."""
@@ -333,7 +345,8 @@ class Executor:
         """
         parameters = self._stages[action.stage].parameters
         uses = Counter(item.weight for item in deferred)
-        parameters.begin_weight_gradients(list(uses), self._is_final(action))
+        number, final = action.microbatch + self._now.offset, self._is_final(action)
+        parameters.begin_weight_gradients(number, list(uses), final)
         sums: dict[torch.Tensor, torch.Tensor] = {}
         deferred.reverse()
         with torch.no_grad():
@@ -347,6 +360,7 @@ class Executor:
                     sums[item.weight] = gradient
                 else:
                     parameters.accumulate(item.weight, gradient)
+        parameters.end_weight_gradients(number, final)
 
     def _is_final(self, action: Action) -> bool:
         """Whether a microbatch is the last of its update."""

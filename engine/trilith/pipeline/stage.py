@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from trilith.kernels.weight_queue import WeightQueue
+from trilith.pipeline.action import Schedule
 
 StageFunction = Callable[[dict[str, torch.Tensor], Any], dict[str, torch.Tensor]]
 
@@ -22,26 +23,41 @@ class StageParameters(Protocol):
     `microbatch` is the action's: for `reduce` and `tie_reduce` the last one of the update, -1 where a step has but one.
     """
 
+    def begin_run(self, schedule: Schedule) -> None:
+        """Called for each stage of a rank before it runs the actions of `schedule`, again where a run begins anew."""
+
     def gather(self) -> None:
-        """Make the whole parameters present (GATHER)."""
+        """Begin to make present what the stage's next computation needs first (GATHER)."""
 
     def release(self) -> None:
-        """Let go of what `gather` brought (RELEASE)."""
+        """Let go of what is not kept for later (RELEASE)."""
 
     def begin_forward(self, microbatch: int) -> None:
         """Called before each forward of the stage: the module must hold the weights that this microbatch uses."""
 
     def begin_backward(self, microbatch: int, final: bool) -> None:
-        """Called before each backward, whole or of the input only.
+        """Called before each whole backward.
 
-        `final`: a whole backward, and the last of its update: gradients may be reduced as they complete.
+        `final`: the last of its update: gradients may be reduced as they complete.
         """
 
-    def begin_weight_gradients(self, weights: Sequence[torch.Tensor], final: bool) -> None:
+    def end_backward(self, microbatch: int, final: bool) -> None:
+        """Called when it is done."""
+
+    def begin_input_gradients(self, microbatch: int) -> None:
+        """Called before the first half of a backward: that of the input."""
+
+    def end_input_gradients(self, microbatch: int, weights: Collection[torch.Tensor]) -> None:
+        """Called when it is done. The gradients of `weights` come in the second half, all others are there."""
+
+    def begin_weight_gradients(self, microbatch: int, weights: Sequence[torch.Tensor], final: bool) -> None:
         """Called before the second half of a backward, which brings one gradient for each of `weights`, in order.
 
         `final`: the last of its update. All gradients that the first halves bring are complete then.
         """
+
+    def end_weight_gradients(self, microbatch: int, final: bool) -> None:
+        """Called when it is done."""
 
     def accumulate(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add a gradient that the second half of a backward computed."""
@@ -59,6 +75,9 @@ class StageParameters(Protocol):
 class NullParameters:
     """Parameters that are whole on this rank and stay so: gradients lie in `.grad`, nothing is communicated."""
 
+    def begin_run(self, schedule: Schedule) -> None:
+        """Nothing to do."""
+
     def gather(self) -> None:
         """Nothing to do."""
 
@@ -71,7 +90,19 @@ class NullParameters:
     def begin_backward(self, microbatch: int, final: bool) -> None:
         """Nothing to do."""
 
-    def begin_weight_gradients(self, weights: Sequence[torch.Tensor], final: bool) -> None:
+    def end_backward(self, microbatch: int, final: bool) -> None:
+        """Nothing to do."""
+
+    def begin_input_gradients(self, microbatch: int) -> None:
+        """Nothing to do."""
+
+    def end_input_gradients(self, microbatch: int, weights: Collection[torch.Tensor]) -> None:
+        """Nothing to do."""
+
+    def begin_weight_gradients(self, microbatch: int, weights: Sequence[torch.Tensor], final: bool) -> None:
+        """Nothing to do."""
+
+    def end_weight_gradients(self, microbatch: int, final: bool) -> None:
         """Nothing to do."""
 
     def accumulate(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:

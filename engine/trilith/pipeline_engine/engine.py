@@ -54,7 +54,7 @@ from trilith.topology import Degrees, Topology
 from trilith.zero import module as data_parallel
 from trilith.zero.delayed import make_model
 from trilith.zero.module import device_of, join, leave_at_exit, place, without_groups
-from trilith.zero.stage12 import ShardedModel, Sharding, StepOutcome
+from trilith.zero.sharded import ShardedModel, Sharding, StepOutcome
 
 LOGGER = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ def initialize(
     resolved = resolve(given, world_size, needs="engine")
     full = resolved.config
     layout = lay_out(model, full)
-    degrees = Degrees(pipeline=full.parallel.pipeline, shard=full.parallel.data)
+    parallel = full.parallel
+    degrees = Degrees(parallel.pipeline, parallel.replicate, parallel.data // parallel.replicate)
     topology = build_topology(
         degrees, device_of(full), full.parallel.timeout_s, ties=layout.ties, channels=layout.schedule.channels()
     )
@@ -354,7 +355,7 @@ class PipelineEngine:
                     if flat.dtype not in DTYPES.values():
                         flat = flat.view(torch.uint8)
                         shape = (flat.numel(),)
-                    piece = Piece(whole(shape), 0, contiguous_strides(shape), self.topology.dp.index)
+                    piece = Piece(whole(shape), 0, contiguous_strides(shape), self.topology.data_index)
                     entries.append(checkpoint.Entry(ShardSpec(name, shape, (piece,), "buffer"), flat))
         return entries
 

@@ -197,7 +197,7 @@ class BatchFeed:
         if problem is not None:
             raise problem
         self.has_begun = True
-        weight = 1.0 / (self._topology.dp.size * (1 if per_microbatch else self._num_microbatches))
+        weight = 1.0 / (self._topology.data_size * (1 if per_microbatch else self._num_microbatches))
         batches = [
             LayerBatch(inputs, labels, crossing.forms, weight)
             for inputs, labels in pairs or [(None, None)] * self._num_microbatches

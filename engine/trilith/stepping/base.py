@@ -17,7 +17,7 @@ from trilith.pipeline.executor import Executor
 from trilith.pipeline.timeline import Record
 from trilith.pipeline.transport import Boundary
 from trilith.topology import Topology
-from trilith.zero.stage12 import ShardedModel, StepOutcome
+from trilith.zero.sharded import ShardedModel, StepOutcome
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ slot; an update writes the version it made into the slot whose own version nobod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
 from trilith.zero.flat import DeclaredModule, FlatUnit, buffer_view
 from trilith.zero.gradients import GradientReducer
-from trilith.zero.stage12 import ShardedModel, Sharding, StageParameters, StateEntry, StepOutcome, bytes_of
+from trilith.zero.sharded import ShardedModel, Sharding, StageParameters, StateEntry, StepOutcome, bytes_of
 
 Place = tuple[nn.Module, str]  # a module and the name of one of its own parameters
 
@@ -79,9 +79,26 @@ class DelayedStage(StageParameters):
         self._versions.bind(microbatch)
         self._versions.bound.reducer.begin_backward(self._stage, final)
 
-    def begin_weight_gradients(self, weights: Sequence[Tensor], final: bool) -> None:
+    def end_backward(self, microbatch: int, final: bool) -> None:
+        """It is done."""
+        self._versions.bound.reducer.end_backward(self._stage, final)
+
+    def begin_input_gradients(self, microbatch: int) -> None:
+        """As `begin_backward`, of the first half only."""
+        self._versions.bind(microbatch)
+        self._versions.bound.reducer.begin_input_gradients(self._stage, microbatch)
+
+    def end_input_gradients(self, microbatch: int, weights: Collection[Tensor]) -> None:
+        """It is done."""
+        self._versions.bound.reducer.end_input_gradients(self._stage, microbatch, weights)
+
+    def begin_weight_gradients(self, microbatch: int, weights: Sequence[Tensor], final: bool) -> None:
         """The second half of the backward that began last."""
-        self._versions.bound.reducer.begin_weight_gradients(self._stage, weights, final)
+        self._versions.bound.reducer.begin_weight_gradients(self._stage, microbatch, weights, final)
+
+    def end_weight_gradients(self, microbatch: int, final: bool) -> None:
+        """It is done."""
+        self._versions.bound.reducer.end_weight_gradients(self._stage, final)
 
     def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
         """Add a gradient of the second half of a backward."""
@@ -299,9 +316,8 @@ class DelayedModel(ShardedModel):
         """Those of the versions that are not in `units`."""
         return [unit for slot in self._slots if slot is not self._updated for unit in slot.units]
 
-    def weight_buffers(self) -> list[Tensor]:
-        """As `ShardedModel.weight_buffers`."""
-        return [*super().weight_buffers(), *(unit.weight for unit in self._other_units())]
+    def _all_units(self) -> list[FlatUnit]:
+        return [*super()._all_units(), *self._other_units()]
 
     def memory_bytes(self) -> dict[str, int]:
         """As `ShardedModel.memory_bytes`, all versions counted."""
@@ -320,12 +336,14 @@ def _version_of(unit: FlatUnit, *, shares_gradient: bool) -> FlatUnit:
     """The same unit with other weights, their values equal for now; one master for all, and with `shares_gradient` one
     gradient."""
     weight = unit.weight.clone()
+    views = tuple(buffer_view(weight, place) for place in unit.layout.placed)
     gradient = unit.gradient if shares_gradient else torch.zeros_like(unit.gradient)
     return replace(
         unit,
         weight=weight,
         gradient=gradient,
-        parameters=tuple(nn.Parameter(buffer_view(weight, place)) for place in unit.layout.placed),
+        parameters=tuple(nn.Parameter(view) for view in views),
+        weight_views=views,
         gradient_views=unit.gradient_views
         if shares_gradient
         else tuple(buffer_view(gradient, place) for place in unit.layout.placed),

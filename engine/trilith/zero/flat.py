@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,18 @@ class DeclaredModule(Protocol):
     def local_parameters(self) -> Sequence[LocalParameter]:
         """The parameters, in the order of units; `name` is the path in the module."""
 
+    def home_of(self, name: str) -> str:
+        """The path of the module whose call brackets every use of the parameter called `name`."""
+
+    def homes(self) -> Sequence[str] | None:
+        """The homes in the order in which one forward calls them; None where that is not known."""
+
+    def home(self, path: str) -> nn.Module:
+        """The module at `path`, to be hooked."""
+
+    def weightless_backwards(self) -> Collection[str]:
+        """Homes whose backward does not read their weights."""
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -43,14 +55,30 @@ class DeclaredModule(Protocol):
         """As `nn.Module.get_submodule`."""
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What a rank keeps of a unit. `rank`: which partition is its own.
+
+    `whole_gradient`: over the microbatches of a step, else only its partition. `whole_weight`: always, else between
+    `unshard` and `reshard`. A `frozen` unit has no gradient.
+    """
+
+    rank: int
+    whole_gradient: bool = True
+    whole_weight: bool = True
+    frozen: bool = False
+
+
 @dataclass
 class FlatUnit:
     """One unit's flat buffers on this rank, and the module's parameters that are views of them.
 
-    `weight` (numel,) in the parameter dtype, whole on every data rank. `gradient` (numel,) in the accumulation dtype.
-    `master` (partition,): the optimizer's weights; where they have the parameter dtype, a view of `weight`, unless
-    there are several versions of it.
-    `parameters` and `gradient_views` are parallel, in the layout's order. `start`, `stop`: this rank's partition.
+    `weight` (numel,) in the parameter dtype; at stage 3 its storage is empty while the unit is not whole, and `shard`
+    (partition,) holds this rank's part. `gradient` in the accumulation dtype: (numel,), or (partition,) where it is
+    reduced after every microbatch. `master` (partition,): the optimizer's weights; where they have the parameter dtype, a
+    view of `weight` or `shard`, unless there are several versions of it.
+    `parameters`, `weight_views`, `gradient_views` are parallel, in the layout's order. `start`, `stop`: this rank's
+    partition.
     """
 
     stage: int
@@ -61,28 +89,64 @@ class FlatUnit:
     gradient: Tensor
     master: Tensor
     parameters: tuple[nn.Parameter, ...]
+    weight_views: tuple[Tensor, ...]
     gradient_views: tuple[Tensor, ...]
     counted: tuple[tuple[int, int], ...]
+    has_whole_gradient: bool = True
+    shard: Tensor | None = None
 
     @property
     def own_gradient(self) -> Tensor:
         """This rank's partition of the gradient (partition,)."""
-        return self.gradient[self.start : self.stop]
+        return self.gradient[self.start : self.stop] if self.has_whole_gradient else self.gradient
 
     @property
     def own_weight(self) -> Tensor:
         """This rank's partition of the module's weights (partition,)."""
-        return self.weight[self.start : self.stop]
+        return self.weight[self.start : self.stop] if self.shard is None else self.shard
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are whole only between `unshard` and `reshard`."""
+        return self.shard is not None
 
     @property
     def has_master(self) -> bool:
         """Whether the master weights are a storage of their own."""
-        return self.master.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr()
+        return self.master.untyped_storage().data_ptr() != self.own_weight.untyped_storage().data_ptr()
 
     @property
     def master_role(self) -> str:
         """What a checkpoint calls the master weights: `weight` where rounding them for the module changes no bit."""
         return "weight" if self.master.dtype == self.weight.dtype else "master"
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the whole weights."""
+        return self.layout.numel * self.weight.element_size()
+
+    def unshard(self) -> Tensor:
+        """Give the weights their storage, not filled, and return it to be written to: (numel,).
+
+        Autograd does not see what is written: the values that it saved are there again.
+        """
+        self.weight.untyped_storage().resize_(self.whole_bytes)
+        return self.weight.data
+
+    def show(self) -> None:
+        """The weights are whole: let the module's parameters be views of them."""
+        for parameter, view in zip(self.parameters, self.weight_views, strict=True):
+            parameter.data = view
+
+    def reshard(self) -> None:
+        """Free the whole weights. Until they are gathered again the parameters hold NaN, in their shape, without storage.
+
+        What autograd saved shares the buffer's storage, which is empty, and finds its values there when it is filled.
+        """
+        missing = torch.full((), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
+        for parameter, view in zip(self.parameters, self.weight_views, strict=True):
+            parameter.data = missing.expand(view.shape)
+        self.weight.untyped_storage().resize_(0)
 
     def attach_gradients(self) -> None:
         """Let autograd accumulate into the flat buffer; only where both have one dtype."""
@@ -110,13 +174,18 @@ class FlatUnit:
 
     @torch.no_grad()
     def assign(self, offset: int, value: Tensor) -> None:
-        """Set the elements from `offset` to the flattened `value`: rounded in `weight`, exactly in `master`."""
+        """Set the elements from `offset` to the flattened `value`: rounded in the weights, exactly in `master`."""
         flat = value.detach().reshape(-1)
-        self.weight[offset : offset + flat.numel()].copy_(flat)
-        if self.has_master:
-            start, stop = max(offset, self.start), min(offset + flat.numel(), self.stop)
-            if start < stop:
-                self.master[start - self.start : stop - self.start].copy_(flat[start - offset : stop - offset])
+        if not self.is_sharded:
+            self.weight[offset : offset + flat.numel()].copy_(flat)
+        start, stop = max(offset, self.start), min(offset + flat.numel(), self.stop)
+        if start < stop:
+            own = flat[start - offset : stop - offset]
+            for part in (
+                *([self.shard] if self.shard is not None else []),
+                *([self.master] if self.has_master else []),
+            ):
+                part[start - self.start : stop - self.start].copy_(own)
 
     @torch.no_grad()
     def round_master(self) -> None:
@@ -128,36 +197,44 @@ class FlatUnit:
 def make_unit(
     stage: int,
     layout: UnitLayout,
-    rank: int,
+    keeping: Keeping,
     module: DeclaredModule,
     device: torch.device,
     policy: PrecisionPolicy,
-    *,
-    frozen: bool = False,
 ) -> FlatUnit:
     """Allocate a unit's buffers on `device`, fill them from the module, and point the module's parameters into them.
 
-    `rank`: which partition is this rank's. A `frozen` unit has weights only, in the parameter dtype. A parameter on the
-    meta device has no value: it becomes zero until `assign`.
+    A frozen unit has weights only, in the parameter dtype. A parameter on the meta device has no value: it becomes zero
+    until `assign`. A unit that is not to be whole is not, when this returns.
     """
-    start, stop = partition_range(layout, rank)
-    weight = torch.zeros(layout.numel, dtype=policy.param_dtype, device=device)
-    gradient = torch.zeros(0 if frozen else layout.numel, dtype=policy.grad_accum_dtype, device=device)
-    master = weight[start:stop]
-    if policy.master_dtype != policy.param_dtype and not frozen:
+    start, stop = partition_range(layout, keeping.rank)
+    weight = torch.empty(layout.numel, dtype=policy.param_dtype, device=device)
+    shard = None if keeping.whole_weight else torch.zeros(stop - start, dtype=policy.param_dtype, device=device)
+    if keeping.whole_weight:
+        weight.zero_()
+    num_gradients = 0 if keeping.frozen else layout.numel if keeping.whole_gradient else stop - start
+    gradient = torch.zeros(num_gradients, dtype=policy.grad_accum_dtype, device=device)
+    master = weight[start:stop] if shard is None else shard
+    if policy.master_dtype != policy.param_dtype and not keeping.frozen:
         master = torch.zeros(stop - start, dtype=policy.master_dtype, device=device)
+    views = tuple(buffer_view(weight, place) for place in layout.placed)
+    counted = counted_ranges(layout, start, stop)
+    unit = FlatUnit(
+        stage, layout, start, stop, weight, gradient, master, (), views, (), counted, keeping.whole_gradient, shard
+    )
     named = dict(module.named_parameters(remove_duplicate=False))
-    unit = FlatUnit(stage, layout, start, stop, weight, gradient, master, (), (), counted_ranges(layout, start, stop))
     parameters = []
-    for place in layout.placed:
+    for place, view in zip(layout.placed, views, strict=True):
         old = named[place.parameter.name]
         assert old.shape == place.parameter.shape, (place.parameter.name, old.shape, place.parameter.shape)
         if old.device.type != "meta":
             unit.assign(place.offset, old)
-        parameters.append(point_to(module, named, old, buffer_view(weight, place)))
+        parameters.append(point_to(module, named, old, view))
     unit.parameters = tuple(parameters)
-    if not frozen:
+    if not keeping.frozen and keeping.whole_gradient:
         unit.gradient_views = tuple(buffer_view(gradient, place) for place in layout.placed)
+    if not keeping.whole_weight:
+        unit.reshard()
     return unit
 
 

@@ -1,16 +1,17 @@
 """The one path that gradients take: from autograd into flat buffers, over tensor ranks, over data ranks, over ties.
 
-Gradients accumulate in place over the microbatches of a step. In the last backward a unit whose gradients are complete is
-reduced while the rest of backward runs. Units are launched in one fixed order, that of backward, a unit only after all
-before it: every rank issues the same collectives in the same order, whatever its autograd did first or not at all. What
-is launched together (a bucket) is a matter of time only; each unit has its collectives for itself, so that the result
-does not depend on it.
+A unit's gradient is whole on the rank until the last microbatch of a step (`_Flight`), or goes to the ranks that own its
+parts after every microbatch (`_Passing`, ZeRO-2 and 3). Either way a unit whose gradients are complete is reduced while
+the rest of backward runs. Units are launched in one fixed order, that of backward, a unit only after all before it: every
+rank issues the same collectives in the same order, whatever its autograd did first or not at all. What is launched
+together (a bucket) is a matter of time only; each unit has its collectives for itself, so that the result does not
+depend on it. Under hybrid sharding the sum over the replicas comes last, once a step, over partitions only.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,33 +22,35 @@ from trilith.errors import TrilithError
 from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
 from trilith.zero.flat import FlatUnit
+from trilith.zero.flights import BucketPool, Flight, PassingFlight
 
 # Above so many elements a collective costs its bytes, not its latency: waiting for more to launch gains nothing.
 _LATENCY_BOUND = 1 << 20
+# Units whose gradient is whole and on its way to its owners, besides the one that autograd fills.
+_IN_FLIGHT = 2
 
-Bucket = tuple["_Flight", ...]
-
-
-@dataclass
-class _Flight:
-    """One unit on its way through a step. `missing`: parameters that have not arrived in the last backward."""
-
-    unit: FlatUnit
-    missing: int = 0
-    launched: bool = False
-    exchange: Tensor | None = None
-    payload: Tensor | None = None
-    handle: comm.Handle | None = None
+Bucket = tuple[Flight, ...]
 
 
 @dataclass
 class _StageGradients:
-    """The units of one stage; `counting`: its last backward is running; `buckets` in the order of launching."""
+    """The units of one stage; `buckets` in the order of launching; `counting`: arrivals are counted to launch at once.
 
-    flights: tuple[_Flight, ...]
+    `halves`: the microbatch whose first half of a backward runs, None otherwise. `queued`: its last backward began, and
+    `left` are the units it brings that are reduced after every microbatch.
+    """
+
+    flights: tuple[Flight, ...]
     buckets: tuple[Bucket, ...]
     counting: bool = False
     queued: bool = False
+    halves: int | None = None
+    left: tuple[Flight, ...] = ()
+
+    @property
+    def passing(self) -> tuple[Flight, ...]:
+        """Units that are reduced after every microbatch, in the order of launching."""
+        return tuple(flight for bucket in self.buckets for flight in bucket if flight.passes)
 
 
 @dataclass
@@ -55,7 +58,7 @@ class _Tie:
     """The copies of one unit on this rank, by stage; `handle`: of the sum over the ranks that hold others."""
 
     unit: str
-    copies: Mapping[int, _Flight]
+    copies: Mapping[int, Flight]
     handle: comm.Handle | None = None
 
 
@@ -74,65 +77,98 @@ class GradientReducer:
     ) -> None:
         self.topology = topology
         self._policy = policy
+        self.pool = BucketPool(policy.grad_accum_dtype, topology.device)
         bucket_numel = min(bucket_numel, _LATENCY_BOUND)
-        self._stages = {stage: _stage_gradients(members, bucket_numel) for stage, members in units.items()}
+        self._stages = {stage: _stage_gradients(members, bucket_numel, self.pool) for stage, members in units.items()}
         self._ties = _ties_of(self._stages, tied_units)
         shared = [tie for tie in self._ties if topology.tie(tie.unit).size > 1]
         self._awaited = frozenset(stage for tie in shared for stage in tie.copies)
         self._summed: set[int] = set()
         self._queue: deque[Bucket] = deque()
-        self._exchanging: deque[_Flight] = deque()
+        self._exchanging: deque[Flight] = deque()
+        self._on_the_way: deque[Flight] = deque()
         self._converts = policy.param_dtype != policy.grad_accum_dtype
         # Asked of the exchange areas, which are the same on all tensor ranks: all must launch at the same moments.
         exchanges = any(unit.layout.exchange_numel for members in units.values() for unit in members)
         self._overlaps = overlap and (topology.dp.size > 1 or (topology.tp.size > 1 and exchanges))
         self._hooks: list[RemovableHandle] = []
-        self._views: dict[Tensor, tuple[_StageGradients, _Flight, Tensor]] = {}
+        self._places: dict[Tensor, tuple[_StageGradients, Flight, int]] = {}
         for gradients in self._stages.values():
             for flight in gradients.flights:
-                for parameter, view in zip(flight.unit.parameters, flight.unit.gradient_views, strict=True):
-                    self._views[parameter] = (gradients, flight, view)
-                if not self._converts:
+                for index, parameter in enumerate(flight.unit.parameters):
+                    self._places[parameter] = (gradients, flight, index)
+                if not (self._converts or flight.passes):
                     flight.unit.attach_gradients()
-                if self._converts or self._overlaps:
+                if self._converts or self._overlaps or flight.passes:
                     self._register(gradients, flight)
 
     # ---- called while a step runs -------------------------------------------------------------------------------
 
     def begin_backward(self, stage: int, final: bool) -> None:
-        """A backward of `stage` begins; `final`: the last of the step, after which its gradients are complete."""
-        if final and self._overlaps:
-            self._enqueue(self._stages[stage])
-            self._stages[stage].counting = True
+        """A whole backward of `stage` begins; `final`: the last of the step, after which its gradients are complete."""
+        self._begin(self._stages[stage], self._stages[stage].passing, final)
 
-    def begin_weight_gradients(self, stage: int, weights: Sequence[Tensor], final: bool) -> None:
+    def end_backward(self, stage: int, final: bool) -> None:
+        """It is done: what is reduced after every microbatch is launched. After the last, `reduce` launches all."""
+        if not final:
+            self._flush(self._stages[stage])
+
+    def _begin(self, gradients: _StageGradients, passing: Sequence[Flight], final: bool) -> None:
+        """Gradients begin to arrive that complete a microbatch of `passing` units, or, `final`, the step of all."""
+        gradients.left = tuple(passing)
+        gradients.counting = self._overlaps and (final or bool(passing))
+        if gradients.counting and final:
+            self._enqueue(gradients)
+        elif gradients.counting:
+            self._enqueue_passing(passing)
+
+    def begin_input_gradients(self, stage: int, microbatch: int) -> None:
+        """The first half of a backward begins. What it brings of units with deferred weights waits for the second."""
+        self._stages[stage].halves = microbatch
+
+    def end_input_gradients(self, stage: int, microbatch: int, weights: Collection[Tensor]) -> None:
+        """It is done; the gradients of `weights` come in the second half."""
+        gradients = self._stages[stage]
+        gradients.halves = None
+        left = {id(self._places[weight][1]) for weight in weights}
+        gradients.left = tuple(flight for flight in gradients.passing if id(flight) not in left)
+        for flight in gradients.left:
+            flight.take_waiting(microbatch)
+        self._flush(gradients)
+
+    def begin_weight_gradients(self, stage: int, microbatch: int, weights: Sequence[Tensor], final: bool) -> None:
         """The second half of a backward begins: `accumulate` will be called for each of `weights`, in order.
 
         `final`: the last of the step. What does not go through `accumulate` is complete then.
         """
-        if not (final and self._overlaps):
-            return
         gradients = self._stages[stage]
-        self._enqueue(gradients)
-        for flight in gradients.flights:
-            flight.missing = 0
-        for weight in weights:
-            self._views[weight][1].missing += 1
-        gradients.counting = True
-        self._advance()
+        counts = Counter(id(self._places[weight][1]) for weight in weights)
+        expecting = [flight for flight in gradients.passing if id(flight) in counts]
+        for flight in expecting:
+            flight.take_waiting(microbatch)
+        self._begin(gradients, expecting, final)
+        if gradients.counting:
+            for flight in gradients.flights:
+                flight.missing = counts[id(flight)]
+            self._advance()
 
     def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
         """Add a weight's gradient that autograd did not bring."""
-        gradients, flight, view = self._views[weight]
-        view.add_(gradient)
+        gradients, flight, index = self._places[weight]
+        flight.add(index, gradient)
         if gradients.counting:
             self._count(flight)
+
+    def end_weight_gradients(self, stage: int, final: bool) -> None:
+        """The second half of a backward is done."""
+        if not final:
+            self._flush(self._stages[stage])
 
     def reduce(self, stage: int) -> None:
         """Launch what is not launched yet of a stage whose gradients are complete; parameters may lack a gradient."""
         gradients = self._stages[stage]
         self._enqueue(gradients)
-        gradients.counting = False
+        gradients.counting, gradients.left = False, ()
         for flight in gradients.flights:
             flight.missing = 0
         self._advance()
@@ -157,48 +193,52 @@ class GradientReducer:
         for stage in self._stages:
             self.reduce(stage)  # nothing is left of a stage that was reduced already
         self._settle_exchanges()
-        for gradients in self._stages.values():
-            for flight in gradients.flights:
-                self._settle(flight)
+        self._on_the_way.clear()
+        flights = [flight for gradients in self._stages.values() for flight in gradients.flights]
+        for flight in flights:
+            flight.settle()
         for tie in self._ties:
             self._finish_tie(tie)
+        self._sum_over_replicas(flights)
         self._summed.clear()
         for gradients in self._stages.values():
             gradients.queued = gradients.counting = False
-            for flight in gradients.flights:
-                flight.launched = False
+        for flight in flights:
+            assert not flight.has_waiting, f"{flight.unit.layout.name}: a first half of a backward has no second"
+            flight.launched = False
 
     def close(self) -> None:
         """Remove all hooks and let go of the gradients."""
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
-        for gradients in self._stages.values():
-            for flight in gradients.flights:
-                for parameter in flight.unit.parameters:
-                    parameter.grad = None
+        for parameter in self._places:
+            parameter.grad = None
 
     # ---- arrival ------------------------------------------------------------------------------------------------
 
-    def _register(self, gradients: _StageGradients, flight: _Flight) -> None:
-        for parameter, view in zip(flight.unit.parameters, flight.unit.gradient_views, strict=True):
-            hook = self._hook(gradients, flight, view)
+    def _register(self, gradients: _StageGradients, flight: Flight) -> None:
+        for index, parameter in enumerate(flight.unit.parameters):
+            hook = self._hook(gradients, flight, index)
             self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
-    def _hook(self, gradients: _StageGradients, flight: _Flight, view: Tensor) -> Callable[[Tensor], None]:
-        converts = self._converts
+    def _hook(self, gradients: _StageGradients, flight: Flight, index: int) -> Callable[[Tensor], None]:
+        takes = self._converts or flight.passes
 
         def arrived(parameter: Tensor) -> None:
-            if converts:
+            if takes:
                 assert parameter.grad is not None
-                view.add_(parameter.grad)
+                if gradients.halves is not None and flight.passes:
+                    flight.wait_with(gradients.halves, index, parameter.grad)
+                else:
+                    flight.add(index, parameter.grad)
                 parameter.grad = None
             if gradients.counting:
                 self._count(flight)
 
         return arrived
 
-    def _count(self, flight: _Flight) -> None:
+    def _count(self, flight: Flight) -> None:
         if flight.launched:
             raise TrilithError(
                 f"unit {flight.unit.layout.name}: a gradient arrived twice in one backward, after the unit was reduced "
@@ -212,11 +252,36 @@ class GradientReducer:
     # ---- launching ----------------------------------------------------------------------------------------------
 
     def _enqueue(self, gradients: _StageGradients) -> None:
-        if not gradients.queued:
-            gradients.queued = True
-            self._queue.extend(gradients.buckets)
-            for flight in gradients.flights:
-                flight.missing = len(flight.unit.parameters)
+        """Queue the units of a stage for the last time in a step."""
+        if gradients.queued:
+            return
+        gradients.queued = True
+        for bucket in gradients.buckets:
+            if not bucket[0].passes or bucket[0] in gradients.left:
+                self._queue.append(bucket)
+                for flight in bucket:
+                    flight.missing = len(flight.unit.parameters)
+
+    def _enqueue_passing(self, flights: Iterable[Flight]) -> None:
+        """Queue units for one microbatch, each alone: none stays whole for longer than it must."""
+        for flight in flights:
+            self._queue.append((flight,))
+            flight.missing = len(flight.unit.parameters)
+
+    def _flush(self, gradients: _StageGradients) -> None:
+        """Launch what a microbatch brought of the units that are reduced after each, complete or not."""
+        passing, counted = gradients.left, gradients.counting
+        gradients.counting, gradients.left = False, ()
+        if not passing:
+            return
+        if not counted:
+            self._enqueue_passing(passing)
+        for flight in passing:
+            flight.missing = 0
+        self._advance()
+        self._settle_exchanges()
+        for flight in passing:
+            flight.launched = False
 
     def _advance(self) -> None:
         """Launch the buckets at the head of the queue that are complete."""
@@ -226,7 +291,7 @@ class GradientReducer:
             self._exchanging.clear()
             for flight in bucket:
                 flight.launched = True
-                if not self._converts:
+                if not (self._converts or flight.passes):
                     flight.unit.collect_gradients()
                 self._start_exchange(flight)
             # The bucket before is handed on only now: its exchange had the time of a bucket to finish.
@@ -238,61 +303,46 @@ class GradientReducer:
                 else:
                     self._exchanging.append(flight)
 
-    def _start_exchange(self, flight: _Flight) -> None:
+    def _start_exchange(self, flight: Flight) -> None:
         """Begin the sum over tensor ranks of the pieces that several of them hold; the others contribute zeros."""
-        layout, gradient, group = flight.unit.layout, flight.unit.gradient, self.topology.tp
-        if group.size == 1 or not layout.exchange_numel:
-            return
-        if layout.sums_in_place:
-            start = layout.summed[0].offset
-            flight.exchange = gradient[start : start + layout.exchange_numel]
-        else:
-            flight.exchange = gradient.new_zeros(layout.exchange_numel)
-            for area, own in _summed_views(flight.exchange, flight.unit):
-                area.copy_(own)
-        flight.handle = comm.all_reduce(flight.exchange, group, async_op=True)
+        if flight.passes:
+            flight.settle()  # of the microbatch before
+        group = self.topology.tp
+        if group.size > 1 and flight.unit.layout.exchange_numel:
+            flight.handle = comm.all_reduce(flight.begin_exchange(), group, async_op=True)
 
-    def _start_reduction(self, flight: _Flight) -> None:
+    def _start_reduction(self, flight: Flight) -> None:
         """Take in the sum over tensor ranks, and begin the sum over data ranks."""
         unit, group = flight.unit, self.topology.dp
         if flight.exchange is not None:
             assert flight.handle is not None
             flight.handle.wait()
-            if not unit.layout.sums_in_place:
-                for area, own in _summed_views(flight.exchange, unit):
-                    own.copy_(area)
-            flight.exchange = flight.handle = None
+            flight.end_exchange()
         if group.size == 1:
             return
-        payload = unit.gradient.to(self._policy.reduce_dtype)
+        payload = flight.hand_over().to(self._policy.reduce_dtype)
         flight.payload = payload
         if unit.layout.degree == 1:
             flight.handle = comm.all_reduce(payload, group, async_op=True)
         else:
             flight.handle = comm.reduce_scatter(payload[unit.start : unit.stop], payload, group, async_op=True)
+        if flight.passes:
+            self._on_the_way.append(flight)
+            while len(self._on_the_way) > _IN_FLIGHT:
+                self._on_the_way.popleft().settle()
 
     def _settle_exchanges(self) -> None:
         while self._exchanging:
             self._start_reduction(self._exchanging.popleft())
 
-    def _settle(self, flight: _Flight) -> None:
-        """Wait for a unit's reduction; its own partition of the gradient is final then."""
-        if flight.handle is None:
-            return
-        flight.handle.wait()
-        assert flight.payload is not None
-        if flight.payload is not flight.unit.gradient:
-            flight.unit.own_gradient.copy_(flight.payload[flight.unit.start : flight.unit.stop])
-        flight.handle = flight.payload = None
-
-    # ---- ties ---------------------------------------------------------------------------------------------------
+    # ---- ties and replicas --------------------------------------------------------------------------------------
 
     def _local_sum(self, tie: _Tie) -> Tensor:
         """The sum of this rank's copies of a tied unit's gradient, in the order of stages, in the first one."""
         first, *others = tie.copies.values()
         for flight in tie.copies.values():
-            assert flight.launched, f"{tie.unit} is summed with its copies before it is reduced"
-            self._settle(flight)
+            assert flight.launched or flight.passes, f"{tie.unit} is summed with its copies before it is reduced"
+            flight.settle()
         for other in others:
             first.unit.own_gradient.add_(other.unit.own_gradient)
         return first.unit.own_gradient
@@ -309,10 +359,24 @@ class GradientReducer:
         for other in others:
             other.unit.own_gradient.copy_(first.unit.own_gradient)
 
+    def _sum_over_replicas(self, flights: Iterable[Flight]) -> None:
+        """The second tier of hybrid sharding: partitions are summed over the ranks that hold the same one."""
+        group = self.topology.replicate
+        if group.size == 1:
+            return
+        under_way = []
+        for flight in flights:
+            payload = flight.unit.own_gradient.to(self._policy.reduce_dtype)
+            under_way.append((flight.unit.own_gradient, payload, comm.all_reduce(payload, group, async_op=True)))
+        for gradient, payload, handle in under_way:
+            handle.wait()
+            if payload is not gradient:
+                gradient.copy_(payload)
+
 
 def _ties_of(stages: Mapping[int, _StageGradients], tied_units: frozenset[str]) -> tuple[_Tie, ...]:
     """The tied units of this rank's stages, in the order of names."""
-    copies: dict[str, dict[int, _Flight]] = {}
+    copies: dict[str, dict[int, Flight]] = {}
     for stage in sorted(stages):
         for flight in stages[stage].flights:
             if flight.unit.layout.name in tied_units:
@@ -320,22 +384,16 @@ def _ties_of(stages: Mapping[int, _StageGradients], tied_units: frozenset[str]) 
     return tuple(_Tie(name, copies[name]) for name in sorted(copies))
 
 
-def _stage_gradients(units: Sequence[FlatUnit], bucket_numel: int) -> _StageGradients:
+def _stage_gradients(units: Sequence[FlatUnit], bucket_numel: int, pool: BucketPool) -> _StageGradients:
     """The units of a stage, and its buckets from the last unit to the first, as backward completes them."""
-    flights = tuple(_Flight(unit) for unit in units)
+    flights = tuple(Flight(unit) if unit.has_whole_gradient else PassingFlight(unit, pool) for unit in units)
     buckets: list[Bucket] = []
     size = 0
     for flight in reversed(flights):
-        if buckets and size + flight.unit.layout.numel <= bucket_numel:
+        if buckets and not flight.passes and size + flight.unit.layout.numel <= bucket_numel:
             buckets[-1] = (*buckets[-1], flight)
             size += flight.unit.layout.numel
         else:
             buckets.append((flight,))
-            size = flight.unit.layout.numel
+            size = bucket_numel if flight.passes else flight.unit.layout.numel
     return _StageGradients(flights, tuple(buckets))
-
-
-def _summed_views(exchange: Tensor, unit: FlatUnit) -> Iterator[tuple[Tensor, Tensor]]:
-    """(part of the exchange area, part of the gradient) of each run that is summed over tensor ranks."""
-    for p in unit.layout.summed:
-        yield exchange[p.exchange_offset : p.exchange_offset + p.numel], unit.gradient[p.offset : p.offset + p.numel]

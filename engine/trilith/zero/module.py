@@ -32,6 +32,7 @@ from trilith import comm
 from trilith.config import Config, load_config, resolve
 from trilith.errors import TrilithError
 from trilith.models.base import LocalParameter
+from trilith.models.layer_stage import is_lookup
 from trilith.optim.foreign import ForeignOptimizer, groups_of_optimizer
 from trilith.optim.groups import multipliers
 from trilith.optim.lr import LearningRate, make_lr
@@ -42,7 +43,7 @@ from trilith.process_groups import build_topology, join_world, leave_world
 from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
 from trilith.topology import Degrees, Group, Topology
 from trilith.zero.gradients import GradientReducer
-from trilith.zero.stage12 import ShardedModel, Sharding, StepOutcome
+from trilith.zero.sharded import ShardedModel, Sharding, StepOutcome
 
 ROOT_UNIT = "root"
 LEAVE_TIMEOUT_S = 5.0
@@ -75,7 +76,9 @@ def initialize(
             "describe the model in `model`"
         )
     device = device_of(full)
-    topology = build_topology(Degrees(shard=world_size), device, timeout_s=full.parallel.timeout_s)
+    replicate = full.parallel.replicate
+    degrees = Degrees(replicate=replicate, shard=world_size // replicate)
+    topology = build_topology(degrees, device, timeout_s=full.parallel.timeout_s)
     return Engine(model, full, topology, optimizer, lr_scheduler, owns_world=joined)
 
 
@@ -134,13 +137,14 @@ def device_of(config: Config) -> torch.device:
     return torch.device("cuda", index % torch.cuda.device_count())
 
 
-class _Declared:
+class Declared:
     """Any module with its parameters declared: each whole on every rank, named as the module names it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._branches = branches_of(module)
         self.local_parameters = tuple(
-            _local_parameter(name, parameter, unit_of(module, name))
+            _local_parameter(name, parameter, self.home_of(name) or ROOT_UNIT)
             for name, parameter in module.named_parameters()
             if parameter.is_floating_point()
         )
@@ -161,16 +165,48 @@ class _Declared:
         """As `nn.Module.get_submodule`."""
         return self._module.get_submodule(target)
 
+    def home_of(self, name: str) -> str:
+        """The module that the unit of the parameter called `name` belongs to: see `branches_of`."""
+        path: list[str] = []
+        for part in name.split(".")[:-1]:
+            if ".".join(path) not in self._branches:
+                break
+            path.append(part)
+        # A list is never called itself: what lies in it directly belongs to the module that holds it.
+        while path and isinstance(self._module.get_submodule(".".join(path)), (nn.ModuleList, nn.ModuleDict)):
+            path.pop()
+        return ".".join(path)
 
-def unit_of(module: nn.Module, name: str) -> str:
-    """The unit of the parameter called `name`: the outermost child of a ModuleList on its path, else the first child."""
-    *path, _ = name.split(".")
-    here = module
-    for depth, part in enumerate(path):
-        if isinstance(here, nn.ModuleList):
-            return ".".join(path[: depth + 1])
-        here = here.get_submodule(part)
-    return path[0] if path else ROOT_UNIT
+    def homes(self) -> None:
+        """In which order they are called is not known before the first step."""
+        return None
+
+    def home(self, path: str) -> nn.Module:
+        """The module at `path`."""
+        return self._module.get_submodule(path)
+
+    def weightless_backwards(self) -> tuple[str, ...]:
+        """Modules that only look up rows."""
+        return tuple(name for name, module in self._module.named_modules() if is_lookup(module))
+
+
+def branches_of(module: nn.Module) -> frozenset[str]:
+    """The paths of modules whose children are units of their own: the model itself, and what holds lists of blocks.
+
+    A block of a list is a unit, whatever it holds.
+    """
+    found = {""}
+
+    def walk(path: str, here: nn.Module) -> bool:
+        is_list = isinstance(here, (nn.ModuleList, nn.ModuleDict))
+        inside = [walk(f"{path}.{name}".lstrip("."), child) for name, child in here.named_children() if not is_list]
+        if is_list or any(inside):
+            found.add(path)
+            return True
+        return False
+
+    walk("", module)
+    return frozenset(found)
 
 
 def _local_parameter(name: str, parameter: nn.Parameter, unit: str) -> LocalParameter:
@@ -181,7 +217,7 @@ def _local_parameter(name: str, parameter: nn.Parameter, unit: str) -> LocalPara
 
 
 def _sharding(
-    declared: _Declared, module: nn.Module, config: Config, optimizer: torch.optim.Optimizer | None
+    declared: Declared, module: nn.Module, config: Config, optimizer: torch.optim.Optimizer | None
 ) -> Sharding:
     units = tuple(dict.fromkeys(parameter.flat_unit for parameter in declared.local_parameters))
     if optimizer is None:
@@ -230,13 +266,14 @@ class Engine:
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise TrilithError("no parameter of the model requires a gradient: there is nothing to train")
         place(module, config, topology)
-        declared = _Declared(module)
+        declared = Declared(module)
         sharding = _sharding(declared, module, config, optimizer)
         policy = PrecisionPolicy.from_config(config)
         self.sharded = ShardedModel({0: declared}, topology, policy, config, sharding)
         if owns_world:
             atexit.register(_end_of_process, weakref.ref(self), weakref.ref(self.sharded.reducer))
         self._parameters = self.sharded.stage(0)
+        self._begin_step()
         self._accumulation = config.gradient_accumulation_steps
         self._microbatch = 0
         self._reduced = False
@@ -265,9 +302,10 @@ class Engine:
             )
         final = self.is_gradient_accumulation_boundary
         self._parameters.begin_backward(self._microbatch, final)
-        factor = self.sharded.loss_scale / (self._accumulation * self.topology.dp.size)
+        factor = self.sharded.loss_scale / (self._accumulation * self.topology.data_size)
         wide = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
         (wide * factor if factor != 1.0 else wide).backward()
+        self._parameters.end_backward(self._microbatch, final)
         if final:
             self._parameters.reduce(NO_MICROBATCH)
             self._reduced = True
@@ -282,11 +320,17 @@ class Engine:
         if not boundary:
             return
         self.outcome = self.sharded.step(0.0 if self._own_optimizer is not None else self.lr)
+        self._begin_step()
         self._reduced = False
         self.global_steps += 1
         self.skipped_steps += self.outcome.skipped
         if self._lr_scheduler is not None and not self.outcome.skipped:
             self._lr_scheduler.step()
+
+    def _begin_step(self) -> None:
+        """At stage 3 a step gathers as the one before did; the first one finds out what is used when."""
+        if self.sharded.gatherer is not None:
+            self.sharded.gatherer.begin_run("step")
 
     @property
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -349,4 +393,5 @@ def place(module: nn.Module, config: Config, topology: Topology) -> None:
             path, _, leaf = name.rpartition(".")
             module.get_submodule(path)._buffers[leaf] = buffer.to(buffer_dtype)
     for tensor in (*module.parameters(), *module.buffers()):
-        comm.broadcast(tensor.detach(), 0, topology.dp)
+        for group in (topology.replicate, topology.dp):
+            comm.broadcast(tensor.detach(), 0, group)

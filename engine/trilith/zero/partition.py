@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from trilith.models.base import LocalParameter, SummedPiece, UnitDecl
 from trilith.optim.groups import GroupKey, GroupOf, Segment
@@ -67,6 +68,25 @@ def unit_layouts(
     for parameter in parameters:
         units.setdefault(parameter.flat_unit, []).append(parameter)
     return tuple(_layout(name, members, degree, group_of, alignment) for name, members in units.items())
+
+
+def split_small(
+    parameters: Sequence[LocalParameter], threshold: int, most: int
+) -> tuple[tuple[LocalParameter, ...], tuple[LocalParameter, ...]]:
+    """(those that stay whole at stage 3 for being small, the others), each in order.
+
+    Small are at most `threshold` elements; of these the smallest, as long as they are not more than `most` together.
+    Sizes are those of the canonical tensors, so that all tensor ranks choose the same.
+    """
+    sizes = [sum(prod(spec.shape) for spec in parameter.specs) for parameter in parameters]
+    small, total = set(), 0
+    for index in sorted(range(len(parameters)), key=sizes.__getitem__):
+        total += sizes[index]
+        if sizes[index] > threshold or total > most:
+            break
+        small.add(index)
+    kept = tuple(p for i, p in enumerate(parameters) if i in small)
+    return kept, tuple(p for i, p in enumerate(parameters) if i not in small)
 
 
 def _round_up(value: int, multiple: int) -> int:

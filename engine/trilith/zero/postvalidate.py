@@ -25,7 +25,7 @@ from trilith.errors import TrilithError
 from trilith.optim.clip import clip_factor
 from trilith.optim.foreign import ForeignOptimizer
 from trilith.topology import Group
-from trilith.zero.stage12 import ShardedModel, StepOutcome, bytes_of
+from trilith.zero.sharded import ShardedModel, StepOutcome, bytes_of
 
 
 class Move(StrEnum):

@@ -1,14 +1,17 @@
-"""A rank's stages with their weights, gradients and optimizer states: data parallel (0) or partitioned states (ZeRO-1).
+"""A rank's stages with their weights, gradients and optimizer states, at ZeRO stages 0 to 3.
 
 Every unit has one flat buffer of weights and one of gradients; the optimizer works on this rank's partition of them, which
-at stage 0 is all of it. A step is: gradients reduced (by `gradients.py`, mostly while backward runs), one global norm,
-one fused optimizer call, weights rounded and gathered. Rajbhandari et al. 2020 (ZeRO), section 5.
+at stage 0 is all of it. At stage 2 no more than the partition of the gradients is kept between microbatches, at stage 3
+no more than that of the weights between uses. A step is: gradients reduced (by `gradients.py`, mostly while backward
+runs), one global norm, one fused optimizer call, weights rounded and gathered (at stage 3 later, by `gathers.py`, where
+they are used). Rajbhandari et al. 2020 (ZeRO), section 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
@@ -16,24 +19,29 @@ import torch
 from torch import Tensor
 
 from trilith import comm
+from trilith.models.base import LocalParameter
 from trilith.models.families import declare
 from trilith.optim.base import OptimizerFactory
 from trilith.optim.clip import clip_factor
 from trilith.optim.groups import GroupOf, multipliers
 from trilith.optim.make import make_optimizer
+from trilith.pipeline.action import Schedule
 from trilith.precision import LossScaler, PrecisionPolicy
 from trilith.sharding import ShardSpec
 from trilith.topology import Group, Topology
-from trilith.zero.flat import DeclaredModule, FlatUnit, make_unit, move_buffers
+from trilith.zero.flat import DeclaredModule, FlatUnit, Keeping, make_unit, move_buffers
+from trilith.zero.gathers import Gatherer
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.partition import (
     PlacedParameter,
     flat_unit_names,
     partition_specs,
+    split_small,
     tied_flat_units,
     unit_layouts,
     with_copies,
 )
+from trilith.zero.residency import GatherPlan, StageUses, Use, gather_limits, uses_of
 
 StateEntry = tuple[str, ShardSpec, Tensor]
 
@@ -81,22 +89,54 @@ class StageParameters:
     def __init__(self, model: ShardedModel, stage: int) -> None:
         self._model, self._stage = model, stage
 
+    def begin_run(self, schedule: Schedule) -> None:
+        """A run of `schedule` begins: at stage 3 its gather plan does."""
+        self._model.begin_run(schedule)
+
     def gather(self) -> None:
-        """Weights are whole on every data rank at stages 0 and 1: nothing to bring."""
+        """Begin to gather what comes next; weights are whole on every data rank at stages 0 to 2."""
+        if self._model.gatherer is not None:
+            self._model.gatherer.ahead()
 
     def release(self) -> None:
-        """Weights stay whole: nothing to give up."""
+        """Let go of what the plan does not keep."""
+        if self._model.gatherer is not None:
+            self._model.gatherer.release()
 
     def begin_forward(self, microbatch: int) -> None:
         """There is one version of the weights, and it is in the module."""
 
     def begin_backward(self, microbatch: int, final: bool) -> None:
-        """A backward of this stage begins; `final`: the last of the step, and whole."""
-        self._model.begin_backward(self._stage, final)
+        """A whole backward of this stage begins; `final`: the last of the step."""
+        self._model.forget_step()
+        self._model.reducer.begin_backward(self._stage, final)
 
-    def begin_weight_gradients(self, weights: Sequence[Tensor], final: bool) -> None:
+    def end_backward(self, microbatch: int, final: bool) -> None:
+        """It is done."""
+        self._end_gathers()
+        self._model.reducer.end_backward(self._stage, final)
+
+    def begin_input_gradients(self, microbatch: int) -> None:
+        """The first half of a backward begins."""
+        self._model.forget_step()
+        self._model.reducer.begin_input_gradients(self._stage, microbatch)
+
+    def end_input_gradients(self, microbatch: int, weights: Collection[Tensor]) -> None:
+        """It is done; the gradients of `weights` are to come."""
+        self._end_gathers()
+        self._model.reducer.end_input_gradients(self._stage, microbatch, weights)
+
+    def begin_weight_gradients(self, microbatch: int, weights: Sequence[Tensor], final: bool) -> None:
         """The second half of a backward begins, which brings a gradient for each of `weights`."""
-        self._model.reducer.begin_weight_gradients(self._stage, weights, final)
+        self._model.reducer.begin_weight_gradients(self._stage, microbatch, weights, final)
+
+    def end_weight_gradients(self, microbatch: int, final: bool) -> None:
+        """It is done."""
+        self._model.reducer.end_weight_gradients(self._stage, final)
+
+    def _end_gathers(self) -> None:
+        if self._model.gatherer is not None:
+            self._model.gatherer.end_backward()
 
     def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
         """Add a gradient of the second half of a backward."""
@@ -137,6 +177,7 @@ class ShardedModel:
         self.scaler = LossScaler.from_config(config)
         self.max_norm = config.gradient_clipping
         self.kept_bytes: dict[str, int] = {}  # what others keep beside this model, by category
+        self._zero = zero
         self._partitioned = zero.stage >= 1 and topology.dp.size > 1
         self._units: dict[int, tuple[FlatUnit, ...]] = {}
         self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
@@ -148,27 +189,85 @@ class ShardedModel:
         self._unit_index = {name: i for i, name in enumerate(self.sharding.unit_names)}
         self.optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
         self.reducer = self._make_reducer(self._units, zero)
+        self.gatherer, self._uses = self._make_gatherer(stages, zero)
+        self._gather_plans: dict[int, tuple[Schedule, GatherPlan]] = {}
         self._stale = self._finished = False
         self._extra_updates = 0  # of the optimizer, beyond one a step
 
     def _materialise(self, index: int, module: DeclaredModule) -> None:
-        """Buffers of one stage. Frozen parameters have weights only, and no partition."""
+        """Buffers of one stage. Frozen parameters have weights only, and a partition only at stage 3."""
         named = dict(module.named_parameters(remove_duplicate=False))
         trained = [p for p in module.local_parameters if named[p.name].requires_grad]
         frozen = [p for p in module.local_parameters if not named[p.name].requires_grad]
-        degree = self.topology.dp.size if self._partitioned else 1
-        rank = self.topology.dp.index if self._partitioned else 0
-        self._units[index] = tuple(
-            make_unit(index, layout, rank, module, self.device, self.policy)
-            for layout in unit_layouts(trained, degree, self.sharding.group_of)
-        )
-        self._frozen[index] = tuple(
-            make_unit(index, layout, 0, module, self.device, self.policy, frozen=True)
-            for layout in unit_layouts(frozen, 1, self.sharding.group_of)
-        )
+        self._units[index] = self._make_units(index, module, trained, is_frozen=False)
+        self._frozen[index] = self._make_units(index, module, frozen, is_frozen=True)
         for unit in (*self._units[index], *self._frozen[index]):
             self._places.update({(index, place.parameter.name): (unit, place) for place in unit.layout.placed})
         self._buffer_bytes += move_buffers(module, self.device)
+
+    def _make_units(
+        self, index: int, module: DeclaredModule, parameters: Sequence[LocalParameter], *, is_frozen: bool
+    ) -> tuple[FlatUnit, ...]:
+        """The flat units of some of a stage's parameters; at stage 3 small ones and others apart."""
+        zero, dp = self._zero, self.topology.dp
+        shards = zero.stage == 3 and self._partitioned
+        small, large = tuple(parameters), tuple(parameters)
+        if shards:
+            most = zero.stage3_model_persistence_threshold
+            small, large = split_small(parameters, zero.stage3_param_persistence_threshold, most)
+        cut = self._partitioned and (shards or not is_frozen)
+        passes = cut and zero.stage >= 2 and zero.reduce_interval == "microbatch"
+        degree, rank = (dp.size, dp.index) if cut else (1, 0)
+        units = [
+            make_unit(index, layout, Keeping(rank, not passes, whole, is_frozen), module, self.device, self.policy)
+            for members, whole in ((small, True), (large, False))
+            if shards or whole
+            for layout in unit_layouts(members, degree, self.sharding.group_of)
+        ]
+        order = {parameter.flat_unit: i for i, parameter in reversed(list(enumerate(parameters)))}
+        return tuple(sorted(units, key=lambda unit: order[unit.layout.name]))
+
+    def _make_gatherer(
+        self, stages: Mapping[int, DeclaredModule], zero: Any
+    ) -> tuple[Gatherer | None, dict[int, StageUses] | None]:
+        """What brings the weights of sharded units, if there are any, and which of them each stage uses when."""
+        members = [unit for index in stages for unit in (*self._units[index], *self._frozen[index]) if unit.is_sharded]
+        if not members:
+            return None, None
+        limits = gather_limits(zero)
+        gatherer = Gatherer(members, self.topology.dp, limits)
+        uses: dict[int, StageUses] | None = {}
+        for index, module in stages.items():
+            found = self._attach(gatherer, index, module)
+            uses = None if uses is None or found is None else {**uses, index: found}
+        return gatherer, uses
+
+    def _attach(self, gatherer: Gatherer, index: int, module: DeclaredModule) -> StageUses | None:
+        """Hook the modules of a stage; the uses of one forward and backward, where their order is known."""
+        unit_of = {
+            parameter: unit
+            for unit in (*self._units[index], *self._frozen[index])
+            if unit.is_sharded
+            for parameter in unit.parameters
+        }
+        homes: dict[str, dict[int, FlatUnit]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if parameter in unit_of:
+                unit = unit_of[parameter]
+                homes.setdefault(module.home_of(name), {})[id(unit)] = unit
+        weightless = frozenset(module.weightless_backwards())
+        uses: dict[str, Use] = {}
+        for path, units in homes.items():
+            numbers = gatherer.attach(module.home(path), tuple(units.values()), path not in weightless)
+            uses[path] = Use(numbers)
+        order = module.homes()
+        if order is None:
+            return None
+        forward = tuple(uses[path] for path in order if path in uses)
+        backward = tuple(
+            replace(uses[path], backward=True) for path in reversed(order) if path in uses and path not in weightless
+        )
+        return StageUses(forward, backward)
 
     def _make_reducer(self, units: Mapping[int, Sequence[FlatUnit]], zero: Any) -> GradientReducer:
         """The reducer of `units`, by stage; `zero` is the config section `zero_optimization`."""
@@ -215,11 +314,27 @@ class ShardedModel:
             torch._foreach_zero_([unit.gradient for unit in self.units])
         self._stale = self._finished = False
 
-    def begin_backward(self, stage: int, final: bool) -> None:
-        """A backward of `stage` begins, `final` being its last of the step; the step before is forgotten."""
+    def forget_step(self) -> None:
+        """A backward begins: the gradients of a step that was taken are forgotten."""
         if self._stale:
             self.zero_grad()
-        self.reducer.begin_backward(stage, final)
+
+    def begin_run(self, schedule: Schedule) -> None:
+        """At stage 3: follow the gather plan of `schedule`, made at its first run."""
+        if self.gatherer is None:
+            return
+        key = id(schedule)  # which is kept, so that no other can have it
+        if key not in self._gather_plans and self._uses is not None:
+            actions = schedule.actions[self.topology.coordinate("pp")]
+            self._gather_plans[key] = (schedule, self.gatherer.plan(uses_of(actions, self._uses)[0]))
+        _, plan = self._gather_plans.get(key, (schedule, None))
+        self.gatherer.begin_run(key, plan)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within it the weights of this rank's stages are whole; all data ranks must enter and leave it together."""
+        with nullcontext() if self.gatherer is None else self.gatherer.all_whole():
+            yield
 
     def finish(self) -> None:
         """Wait for all reductions. Each rank's partition of the gradients is then final: summed over all ranks.
@@ -285,11 +400,13 @@ class ShardedModel:
         return self.policy.check_overflow and not isfinite(norm)
 
     def _publish_weights(self) -> None:
-        """Bring the updated weights into the modules of all data ranks."""
+        """Bring the updated weights into the modules of all data ranks; at stage 3 they are gathered when needed."""
+        if self.gatherer is not None:
+            self.gatherer.invalidate()
         handles = []
         for unit in self.units:
             unit.round_master()
-            if self._partitioned:
+            if self._partitioned and not unit.is_sharded:
                 handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, async_op=True))
         for handle in handles:
             handle.wait()
@@ -310,7 +427,7 @@ class ShardedModel:
                 entries.extend(self._entries(unit, role, tensor))
         for units in self._frozen.values():
             for unit in units:
-                entries.extend(self._entries(unit, "weight", unit.weight))
+                entries.extend(self._entries(unit, "weight", unit.own_weight))
         return entries
 
     def owned_entries(self) -> list[StateEntry]:
@@ -325,10 +442,12 @@ class ShardedModel:
         return [entry for unit in self.units for entry in self._entries(unit, "gradient", unit.own_gradient)]
 
     def _entries(self, unit: FlatUnit, role: str, tensor: Tensor) -> Iterator[StateEntry]:
-        dp = self.topology.dp
+        dp, replicate = self.topology.dp, self.topology.replicate
+        copies, index = replicate.size, replicate.index
+        if unit.layout.degree == 1:
+            copies, index = copies * dp.size, index * dp.size + dp.index
         for spec in partition_specs(unit.layout, unit.start, unit.stop, role):
-            shared = unit.layout.degree == 1 and dp.size > 1
-            yield role, with_copies(spec, dp.index, dp.size) if shared else spec, tensor
+            yield role, with_copies(spec, index, copies) if copies > 1 else spec, tensor
 
     def after_load(self) -> None:
         """Bring the modules' weights up to date after the tensors of `state_entries` were filled."""
@@ -350,24 +469,33 @@ class ShardedModel:
 
     def weight_buffers(self) -> list[Tensor]:
         """The flat buffers, in the parameter dtype, that all weights of this rank's stages are views of: every version."""
-        frozen = [unit for units in self._frozen.values() for unit in units]
-        return [unit.weight for unit in (*self.units, *frozen)]
+        return [unit.weight for unit in self._all_units()]
+
+    def _all_units(self) -> list[FlatUnit]:
+        return [*self.units, *(unit for units in self._frozen.values() for unit in units)]
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes this rank stores, by category: parameters, gradients, optimizer (masters and moments), buffers."""
+        """Bytes this rank stores, by category: parameters, gradients, optimizer (masters and moments), buffers.
+
+        `gather_window`: the most that was there beyond these at one time, of whole weights and whole gradients of units
+        of which the rank keeps its part.
+        """
         masters = [unit.master for unit in self.units if unit.has_master]
         moments = [tensor for state in self.optimizer.state for tensor in state.values()]
         return {
-            "parameters": bytes_of(self.weight_buffers()),
+            "parameters": bytes_of([unit.weight if unit.shard is None else unit.shard for unit in self._all_units()]),
             "gradients": bytes_of([unit.gradient for unit in self.units]),
             "optimizer": bytes_of([*masters, *moments]),
             "buffers": self._buffer_bytes,
+            "gather_window": self.reducer.pool.peak_bytes + (self.gatherer.peak_bytes if self.gatherer else 0),
             **self.kept_bytes,
         }
 
     def close(self) -> None:
-        """Remove all hooks and gradients; the modules keep their weights."""
+        """Remove all hooks and gradients; the modules keep their weights, whole. Every data rank must call it."""
         self.reducer.close()
+        if self.gatherer is not None:
+            self.gatherer.close()
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:

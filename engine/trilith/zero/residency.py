@@ -1,0 +1,195 @@
+"""Which units are whole when: the gather plan of ZeRO-3, computed before anything runs. Pure, no torch.
+
+A rank's step is a sequence of uses: a forward or a backward of one unit, in the order that the schedule fixes. With the
+future known, the best set of units to keep whole under a cap is known, too: whoever must make room lets go of the unit
+that is used again last (Belady 1966). What is not kept is let go right after its use, and gathered again ahead of the
+next one, as far ahead as the prefetch bucket and the cap allow.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from trilith.pipeline.action import INPUT_GRADIENT, Action, Kind
+
+
+@dataclass(frozen=True)
+class Use:
+    """A computation that needs the weights of `units` (numbers), all at once."""
+
+    units: tuple[int, ...]
+    backward: bool = False
+
+
+@dataclass(frozen=True)
+class GatherLimits:
+    """`max_live`, `max_reuse`, `prefetch` in elements; the keys `stage3_max_live_parameters`, `stage3_max_reuse_distance`,
+    `stage3_prefetch_bucket_size`. `after_backward`: ask for the next unit after a backward, not before."""
+
+    max_live: int
+    max_reuse: int
+    prefetch: int
+    after_backward: bool = False
+
+
+def gather_limits(zero: Any) -> GatherLimits:
+    """The limits that the config section `zero_optimization` sets."""
+    return GatherLimits(
+        max_live=zero.stage3_max_live_parameters,
+        max_reuse=zero.stage3_max_reuse_distance,
+        prefetch=zero.stage3_prefetch_bucket_size,
+        after_backward=zero.stage3_backward_prefetch == "post",
+    )
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """What happens at each use, by its index: `before` and `after` it gathers are launched, in this order, and at its end
+    the units in `releases` are let go. `sizes`: elements of each unit."""
+
+    uses: tuple[Use, ...]
+    sizes: tuple[int, ...]
+    before: tuple[tuple[int, ...], ...]
+    after: tuple[tuple[int, ...], ...]
+    releases: tuple[tuple[int, ...], ...]
+    peak_numel: int
+
+    @property
+    def num_gathers(self) -> int:
+        """All-gathers of a step."""
+        return sum(map(len, self.before)) + sum(map(len, self.after))
+
+    @property
+    def gathered_numel(self) -> int:
+        """Elements that are gathered in a step."""
+        return sum(self.sizes[unit] for units in (*self.before, *self.after) for unit in units)
+
+
+@dataclass
+class _Stay:
+    """A unit is whole from its use `first` to its use `last`; its gather is launched at `slot`: 2 i before use i, 2 i + 1
+    after it."""
+
+    unit: int
+    first: int
+    last: int
+    slot: int = 0
+
+
+def plan_gathers(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> GatherPlan:
+    """The plan of a sequence of uses; `sizes[unit]` in elements. At most `max_live` of them are whole at one time, or as
+    many as the use at hand needs."""
+    stays = _stays(uses, sizes, limits)
+    occupied = [0] * len(uses)
+    for stay in stays:
+        for index in range(stay.first, stay.last + 1):
+            occupied[index] += sizes[stay.unit]
+    _prefetch(stays, uses, sizes, limits, occupied)
+    before: list[list[int]] = [[] for _ in uses]
+    after: list[list[int]] = [[] for _ in uses]
+    releases: list[list[int]] = [[] for _ in uses]
+    for stay in stays:
+        (after if stay.slot % 2 else before)[stay.slot // 2].append(stay.unit)
+        releases[stay.last].append(stay.unit)
+    return GatherPlan(
+        tuple(uses),
+        tuple(sizes),
+        tuple(map(tuple, before)),
+        tuple(map(tuple, after)),
+        tuple(map(tuple, releases)),
+        max(occupied, default=0),
+    )
+
+
+def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> list[_Stay]:
+    """Which unit is whole from when to when, gathered where it is used, in the order of their beginnings."""
+    places: dict[int, list[int]] = {}
+    for index, use in enumerate(uses):
+        for unit in use.units:
+            places.setdefault(unit, []).append(index)
+    travelled = [0, *accumulate(sum(sizes[unit] for unit in use.units) for use in uses)]
+    live: dict[int, _Stay] = {}
+    stays: list[_Stay] = []
+    live_numel = 0
+
+    def next_use(unit: int, index: int) -> int:
+        later = bisect_right(places[unit], index)
+        return places[unit][later] if later < len(places[unit]) else len(uses)
+
+    for index, use in enumerate(uses):
+        missing = [unit for unit in use.units if unit not in live]
+        wanted = sum(sizes[unit] for unit in missing)
+        others = sorted((unit for unit in live if unit not in use.units), key=lambda unit: next_use(unit, index))
+        while others and live_numel + wanted > limits.max_live:
+            live_numel -= sizes[others[-1]]
+            del live[others.pop()]
+        for unit in missing:
+            live[unit] = _Stay(unit, index, index)
+            stays.append(live[unit])
+        live_numel += wanted
+        for unit in use.units:
+            live[unit].last = index
+            again = next_use(unit, index)
+            if again == len(uses) or travelled[again] - travelled[index + 1] > limits.max_reuse:
+                live_numel -= sizes[unit]
+                del live[unit]
+    return stays
+
+
+def _prefetch(
+    stays: Sequence[_Stay], uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits, occupied: list[int]
+) -> None:
+    """Move gathers ahead, one after the other and none past the one before; `occupied` is kept up to date."""
+    ahead = [0] * len(uses)  # elements on their way, or waiting to be used, during each use
+    earliest = 0
+    gone: dict[int, int] = {}  # unit -> the use at whose end it was let go last
+    for stay in stays:
+        size, slot = sizes[stay.unit], 2 * stay.first
+        for index in range(stay.first - 1, -1, -1):
+            late = limits.after_backward and uses[index].backward
+            if size > limits.prefetch or index <= gone.get(stay.unit, -1) or 2 * index + late < earliest:
+                break
+            if late:  # what use `index` lets go makes room for what is launched at its end
+                slot = 2 * index + 1
+                break
+            if occupied[index] + size > limits.max_live or ahead[index] + size > limits.prefetch:
+                break
+            slot = 2 * index
+        stay.slot = earliest = slot
+        for index in range(-(-slot // 2), stay.first):
+            occupied[index] += size
+            ahead[index] += size
+        gone[stay.unit] = stay.last
+
+
+@dataclass(frozen=True)
+class StageUses:
+    """The uses of one forward and of one backward of a stage, in order."""
+
+    forward: tuple[Use, ...]
+    backward: tuple[Use, ...]
+
+
+def uses_of(
+    actions: Sequence[Action], stages: Mapping[int, StageUses]
+) -> tuple[tuple[Use, ...], tuple[tuple[int, int, int], ...]]:
+    """The uses of a rank's actions, and (index of the action, first use, end) for each that has some.
+
+    Forwards and both kinds of backward read the weights; the second half of a split one needs none.
+    """
+    uses: list[Use] = []
+    spans: list[tuple[int, int, int]] = []
+    for index, action in enumerate(actions):
+        first = len(uses)
+        for part in action.parts():
+            if part.kind is Kind.FORWARD:
+                uses += stages[part.stage].forward
+            elif part.kind in INPUT_GRADIENT:
+                uses += stages[part.stage].backward
+        if len(uses) > first:
+            spans.append((index, first, len(uses)))
+    return tuple(uses), tuple(spans)
