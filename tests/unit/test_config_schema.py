@@ -158,6 +158,8 @@ def test_synonyms_point_at_keys() -> None:
         ("parallel.tp", "parallel.tensor"),
         ("zero_stage", "zero_optimization.stage"),
         ("zero_optimisation", "zero_optimization"),
+        ("offload_param_device", "zero_optimization.offload_param.device"),
+        ("parallel.dp_replicate", "parallel.replicate"),
         ("lr", "optimizer.params.lr"),
         ("optimizer.lr", "optimizer.params.lr"),
         ("learning-rate", "optimizer.params.lr"),
