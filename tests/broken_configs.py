@@ -208,6 +208,7 @@ CONTRADICTIONS = (
     ),
     BrokenConfig("swiglu_in_gpt2", edited({"model.activation": "swiglu"}), "model.activation"),
     _wrong("context_parallel", "parallel.context", 2, "only 1"),
+    _wrong("indivisible_replicas", "parallel.replicate", 3, "One of 1, 2."),
 )
 
 PIPEDREAM = {"pipeline.schedule": "pipedream", "gradient_clipping": 0, "model.tie_embeddings": False}
@@ -239,13 +240,76 @@ SCHEDULES = (
     _wrong("memory_limit_of_nothing", "pipeline.memory_limit_bytes", 0, "at least 1"),
 )
 
-REFUSED = (
-    _wrong("zero_3", "zero_optimization.stage", 3, "not built yet"),
+TO_CPU = {"zero_optimization.offload_optimizer": {"device": "cpu", "pin_memory": True}}
+TO_DISK = {"zero_optimization.offload_optimizer": {"device": "nvme", "nvme_path": "/local_nvme"}}
+
+ZERO = (
+    _wrong("zero_4", "zero_optimization.stage", 4, "must be one of 0, 1, 2 or 3"),
+    _wrong("typo_in_offload", "zero_optimization.offload_param.devise", "cpu", "offload_param.device?"),
+    _wrong("typo_in_offload_device", "zero_optimization.offload_param.device", "nvm", 'Did you mean "nvme"?'),
+    _wrong("more_than_all_offloaded", "zero_optimization.offload_optimizer.ratio", 1.5, "at most 1"),
     BrokenConfig(
-        "offload",
-        edited({"zero_optimization.offload_optimizer": {"device": "cpu", "pin_memory": True}}),
+        "offload_of_whole_states",
+        edited(TO_CPU | {"zero_optimization.stage": 0}),
         "zero_optimization.offload_optimizer.device",
+        "Use stage 1, 2 or 3",
     ),
+    BrokenConfig(
+        "offload_of_whole_weights",
+        edited({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}),
+        "zero_optimization.offload_param.device",
+        "Use stage 3",
+    ),
+    BrokenConfig(
+        "disk_without_a_path",
+        edited({"zero_optimization.offload_optimizer": {"device": "nvme"}}),
+        "zero_optimization.offload_optimizer.nvme_path",
+        "Give a directory",
+    ),
+    BrokenConfig(
+        "automatic_offload_without_a_limit",
+        edited({"zero_optimization": {"stage": 3, "offload_param": {"device": "auto"}}}),
+        "zero_optimization.offload_param.device",
+        "Give pipeline.memory_limit_bytes",
+    ),
+    BrokenConfig(
+        "pipedream_partitions_gradients",
+        edited(PIPEDREAM | {"zero_optimization.stage": 2}),
+        "zero_optimization.stage",
+        "Use stage 0 or 1",
+    ),
+    BrokenConfig(
+        "two_versions_of_partitioned_weights",
+        edited({"pipeline.schedule": "pipedream_2bw", "zero_optimization.stage": 3}),
+        "zero_optimization.stage",
+        "Use stage 0 or 1",
+    ),
+    BrokenConfig(
+        "two_versions_offloaded",
+        edited(TO_CPU | {"pipeline.schedule": "pipedream_2bw"}),
+        "zero_optimization.offload_optimizer.device",
+        "several versions",
+    ),
+    BrokenConfig(
+        "postvalidation_of_states_on_disk",
+        edited(TO_DISK | {"pipeline.optimizer_sync": "postvalidate"}),
+        "pipeline.optimizer_sync",
+        'Use "step"',
+    ),
+    _wrong("indivisible_partition", "zero_optimization.zero_hpz_partition_size", 3, "must divide parallel.data 2"),
+    BrokenConfig(
+        "two_numbers_of_replicas",
+        edited({"parallel.replicate": 2, "zero_optimization.zero_hpz_partition_size": 2}),
+        "parallel.replicate",
+        "Keep one of the two.",
+    ),
+)
+
+REFUSED = (
+    _wrong("quantised_weights", "zero_optimization.zero_quantized_weights", True, "quantised collectives"),
+    _wrong("super_offload", "zero_optimization.offload_optimizer.super_offload", True, "SuperOffload"),
+    _wrong("activations_on_the_cpu", "activation_checkpointing.cpu_checkpointing", True, "stay on the device"),
+    _wrong("direct_storage", "aio.use_gds", True, "host memory"),
     _wrong("apex", "amp.enabled", True, "bf16.enabled"),
     _wrong("one_bit_adam", "optimizer.type", "OneBitAdam", "AdamW"),
     _wrong("typo_in_deepspeed_block", "flops_profiler.profil_step", 3, "profile_step"),
@@ -298,6 +362,7 @@ BROKEN_CONFIGS: tuple[BrokenConfig, ...] = (
     *BATCH,
     *CONTRADICTIONS,
     *SCHEDULES,
+    *ZERO,
     *REFUSED,
     *PREFLIGHT,
 )

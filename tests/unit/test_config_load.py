@@ -54,7 +54,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
             "parallel.tensr": 2,
             "training.steps": "20",
             "model.dropout": 1.5,
-            "zero_optimization.stage": 3,
+            "zero_optimization.stage": 4,
             "model.num_heads": 5,  # a contradiction, judged although other keys are broken
             "wall_clock_breakdown": 1,
         }
@@ -213,7 +213,11 @@ def test_the_last_override_wins() -> None:
         ("parallel.tensor=two", "parallel.tensor", "whole number"),
         ("parallel.tensor.x=2", "parallel.tensor.x", "unknown key"),
         ("optimizer.params.lr=NaN", "optimizer.params.lr", "finite"),
-        ("zero_optimization.stage=3", "zero_optimization.stage", "not built yet"),
+        ("zero_optimization.stage=4", "zero_optimization.stage", "must be one of 0, 1, 2 or 3"),
+        ("zero_optimization.stag=3", "zero_optimization.stag", "Did you mean zero_optimization.stage?"),
+        ("zero_optimization.zero_quantized_weights=true", "zero_optimization.zero_quantized_weights", "not built"),
+        ("zero_optimization.cpu_offload=2", "zero_optimization.cpu_offload", "must be true or false"),
+        ("zero_optimization.offload_param.device=cpu", "zero_optimization.offload_param.device", "Use stage 3"),
         ("wandb.enabled=true", "wandb.enabled", "not built yet"),
     ],
 )
@@ -235,7 +239,10 @@ JUNK: tuple[Any, ...] = (
     *("", "auto", "fp16", "AdamW", "x" * 500, "0", "\0", [], [1], [None], ["auto", "a"], {}, {"a": 1}),
     *({"type": "SGD"}, {"type": ["SGD"]}, {"type": None, "params": 3}, {"enabled": "auto"}, [[[]]], [{}], {"": {}}),
 )
-NAMES = ("tensr", "lr", "stage", "type", "params", "", "enabled", "a.b", "offload_param", "amp", "aio", "bf16", "é")
+NAMES = (
+    *("tensr", "lr", "stage", "type", "params", "", "enabled", "a.b", "offload_param", "amp", "aio", "bf16", "é"),
+    *("cpu_offload", "mics_shard_size", "prefetch_bucket_size", "offload_optimizer", "replicate", "device"),
+)
 
 
 def mutated(tree: dict[str, Any], generator: random.Random) -> dict[str, Any]:

@@ -251,7 +251,7 @@ def test_schedule_without_a_length() -> None:
         ({"data.split": [0, 1, 1]}, "data.split"),
         ({"data.split": [1, 0, 0], "training.eval_interval": 5}, "data.split"),
         ({"training.generate_tokens": 5}, "training.generate_tokens"),
-        ({"parallel.replicate": 2}, "parallel.replicate"),
+        ({"parallel.replicate": 4}, "parallel.replicate"),
         (
             {"scheduler": {"type": "WSD", "params": {"warmup_num_steps": 15, "decay_num_steps": 6}}},
             "scheduler.params.decay_num_steps",
@@ -265,6 +265,103 @@ def test_contradictions(changes: dict[str, Any], path: str) -> None:
 def test_all_contradictions_at_once() -> None:
     changes = {"train_batch_size": 15, "model.num_heads": 5, "pipeline.schedule_file": "a", "parallel.context": 2}
     assert set(violations({**changes, "fp16.enabled": True, "bf16.enabled": True})) == {*changes, "bf16.enabled"}
+
+
+# --- ZeRO --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [32, 100, 4096, 12288])
+def test_sizes_of_zero_3(hidden: int) -> None:
+    sizes = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    source = edited({"model.hidden_size": hidden, "zero_optimization": {"stage": 3, **dict.fromkeys(sizes, AUTO)}})
+    result = resolve(load_config(source))
+    zero = result.config.zero_optimization
+    assert zero.stage3_prefetch_bucket_size == hidden * hidden - -(-hidden * hidden // 10)
+    assert zero.stage3_param_persistence_threshold == 10 * hidden
+    assert result.origins[f"zero_optimization.{sizes[0]}"] == f"derived: 0.9 x hidden_size {hidden} squared"
+    assert result.origins[f"zero_optimization.{sizes[1]}"] == f"derived: 10 x hidden_size {hidden}"
+
+
+@pytest.mark.parametrize(("data", "shard", "replicate"), [(8, 1, 1), (8, 2, 4), (8, 8, 1), (6, 3, 2)])
+def test_replicas_from_the_size_of_a_partition(data: int, shard: int, replicate: int) -> None:
+    changes = {
+        "parallel": {"data": AUTO},
+        "train_batch_size": 2 * data,
+        "zero_optimization": {"stage": 2, "zero_hpz_partition_size": shard},
+    }
+    first = resolve(load_config(edited(changes)), data)
+    assert first.config.parallel.replicate == replicate
+    assert (first.world_size, first.config.parallel.data) == (data, data)
+    if shard > 1:
+        assert first.origins["parallel.replicate"] == f"derived: parallel.data {data} / zero_hpz_partition_size {shard}"
+        assert f"partitioned among {shard} ranks only (HSDP)" in "\n".join(first.notes)
+    again = resolve(load_config(first.to_json()["config"]), data)
+    assert again.config == first.config
+
+
+def test_replicas_as_given() -> None:
+    given = {"parallel": {"data": 8, "replicate": 4}, "zero_optimization.stage": 3}
+    assert resolved(given).parallel.replicate == 4
+    assert resolved(given | {"zero_optimization.zero_hpz_partition_size": 2}).parallel.replicate == 4
+    wrong = violations(given | {"zero_optimization.zero_hpz_partition_size": 4})
+    assert "says 2" in wrong["parallel.replicate"] and len(wrong) == 1
+    assert "One of 1, 2, 4, 8." in violations(given | {"parallel.replicate": 3})["parallel.replicate"]
+
+
+def test_every_schedule_that_flushes_takes_zero_3_and_offload() -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    for schedule in ("gpipe", "1f1b", "zb_h1", "zb_v", "dualpipe_v", AUTO):
+        config = resolved({"zero_optimization": zero, "pipeline": {"schedule": schedule}})
+        assert config.zero_optimization.offload_param.device == "cpu"
+    assert set(violations({"zero_optimization": zero, "pipeline.schedule": "pipedream_2bw"})) == {
+        "zero_optimization.stage",
+        "zero_optimization.offload_optimizer.device",
+        "zero_optimization.offload_param.device",
+    }
+
+
+def test_automatic_offload_within_a_limit() -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": AUTO}, "offload_param": {"device": AUTO}}
+    config = resolved({"zero_optimization": zero, "pipeline.memory_limit_bytes": 10**9})
+    assert config.zero_optimization.offload_optimizer.device == config.zero_optimization.offload_param.device == AUTO
+    assert len(violations({"zero_optimization": zero})) == 2
+
+
+def test_postvalidation_takes_back_what_lies_in_memory() -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "nvme", "nvme_path": "a"}}
+    resolved({"zero_optimization": zero, "pipeline.optimizer_sync": "postvalidate"})
+
+
+@pytest.mark.parametrize(
+    ("zero", "note"),
+    [
+        ({"stage": 2, "stage3_max_live_parameters": 5}, "stage3_max_live_parameters: has no effect at stage 2"),
+        ({"stage": 0, "max_reuse_distance": 5}, "stage3_max_reuse_distance: has no effect at stage 0"),
+        ({"stage": 1, "stage3_backward_prefetch": "post"}, "stage3_backward_prefetch: has no effect at stage 1"),
+        ({"stage": 1, "reduce_interval": "step"}, "reduce_interval: has no effect at stage 1"),
+        ({"stage": 0, "reduce_interval": "auto"}, "reduce_interval: has no effect at stage 0"),
+        ({"stage": 2, "offload_optimizer": {"ratio": 0.5}}, "offload_optimizer.ratio: has no effect"),
+        (
+            {"stage": 3, "offload_param": {"device": "cpu", "nvme_path": "a"}},
+            "offload_param.nvme_path: has no effect while device is cpu",
+        ),
+        ({"stage": 0, "zero_hpz_partition_size": 1}, "parallel.replicate: has no effect at zero_optimization.stage 0"),
+    ],
+)
+def test_notes_of_what_has_no_effect(zero: dict[str, Any], note: str) -> None:
+    source = edited({"zero_optimization": zero, "parallel.replicate": 2})
+    assert note in "\n".join(resolve(load_config(source)).notes)
+
+
+def test_no_note_where_there_is_an_effect() -> None:
+    zero = {
+        "stage": 3,
+        "stage3_max_live_parameters": 5,
+        "reduce_interval": "step",
+        "offload_optimizer": {"device": "nvme", "nvme_path": "a", "ratio": 0.5},
+    }
+    notes = resolve(load_config(edited({"zero_optimization": zero}))).notes
+    assert not [note for note in notes if "zero_optimization" in note]
 
 
 # --- the result --------------------------------------------------------------------------------------------------------

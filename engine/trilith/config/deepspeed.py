@@ -57,15 +57,16 @@ def accepted_paths() -> Mapping[str, str]:
     for row in TABLE:
         if row.verdict == "refuse" or row.target == row.path:
             continue
-        fate = f"DeepSpeed's key, taken as {row.target}" if row.target else "DeepSpeed's key, without effect"
+        ours = " and ".join(filter(None, (row.target, row.also)))
+        fate = f"DeepSpeed's key, taken as {ours}" if ours else "DeepSpeed's key, without effect"
         accepted[row.path] = f"{fate}: {row.why}."
     return MappingProxyType(accepted)
 
 
 @cache
 def refused_paths() -> frozenset[str]:
-    """Paths of all refused keys, those of which only some values are refused left out."""
-    return frozenset(row.path for row in TABLE if row.verdict == "refuse" and not row.only)
+    """Paths of all refused keys."""
+    return frozenset(row.path for row in TABLE if row.verdict == "refuse")
 
 
 def take(tree: dict[str, Any], path: str) -> tuple[bool, Any]:
@@ -114,17 +115,22 @@ def _map(row: Key, value: Any, done: Translation) -> None:
             done.moved[row.target] = row.path
             done.notes.append(f"{row.path}: {value!r} mapped to {mapped!r}: {row.why}")
         return
-    if mapped is None:
-        return
-    found, present = take(done.tree, row.target)
+    if mapped is not None:
+        for target in filter(None, (row.target, row.also)):
+            _move(row, value, target, mapped, done)
+
+
+def _move(row: Key, value: Any, target: str, mapped: Any, done: Translation) -> None:
+    """Puts `mapped`, which the row's `value` became, at `target`, unless that says something else already."""
+    found, present = take(done.tree, target)
     if found and present != "auto" and not _is_one_of(present, (mapped,)):
-        rule = f"{row.target} says {present!r}; {row.path} is DeepSpeed's key for the same"
-        done.violations.append(Violation(row.path, shown(value), rule, f"Keep {row.target} only."))
+        rule = f"{target} says {present!r}; {row.path} is DeepSpeed's key for the same"
+        done.violations.append(Violation(row.path, shown(value), rule, f"Keep {target} only."))
         mapped = present
     else:
-        done.moved[row.target] = row.path
-        done.notes.append(f"{row.path}: mapped to {row.target}: {row.why}")
-    blocked = put(done.tree, row.target, mapped)
+        done.moved[target] = row.path
+        done.notes.append(f"{row.path}: mapped to {target}: {row.why}")
+    blocked = put(done.tree, target, mapped)
     if blocked:
         done.violations.append(Violation(row.path, shown(value), f"maps into {blocked}, which is no section"))
 
@@ -136,12 +142,6 @@ def _ignore(row: Key, value: Any, done: Translation) -> None:
 
 
 def _refuse(row: Key, value: Any, done: Translation) -> None:
-    if row.only:
-        if _is_one_of(value, row.only):
-            done.violations.append(Violation(row.path, value, row.why, row.instead))
-        else:
-            put(done.tree, row.path, value)
-        return
     if _is_one_of(value, row.off):
         return
     path = row.path

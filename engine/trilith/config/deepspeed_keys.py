@@ -7,6 +7,7 @@ public configurations are full of such values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,10 +25,11 @@ class RefusedValue(Exception):
 class Key:
     """One row: what happens to the DeepSpeed key at `path`.
 
-    map: its value, after `convert`, moves to `target` (None from `convert`: it says nothing and is dropped).
+    map: its value, after `convert`, moves to `target`, and to `also` where it stands for two keys of ours (None from
+    `convert`: it says nothing and is dropped).
     ignore: dropped with a note that says `why`.
     refuse: a violation with `why` and what to do `instead`, unless the value is in `off` or the block's `switch` is
-    off; where `only` is given, only these values are refused and all others are left for the ordinary validation.
+    off.
     `keys` lists what a free-form block may hold, so that a typo inside is found; empty: anything.
     """
 
@@ -36,9 +38,9 @@ class Key:
     why: str
     instead: str = ""
     target: str = ""
+    also: str = ""
     convert: Callable[[Any], Any] | None = None
     off: tuple[Any, ...] = (False, None)
-    only: tuple[Any, ...] = ()
     switch: str = ""
     keys: tuple[str, ...] = ()
 
@@ -102,22 +104,45 @@ def _spelling(value: Any) -> Any:
     return known.get(value.lower(), value) if isinstance(value, str) else value
 
 
-_NO_OFFLOAD = "offload to CPU or NVMe is not built yet"
-_KEEP_ON_DEVICE = 'Remove it, or set device to "none"; recompute and tensor or pipeline degrees save memory.'
+def _section(value: Any) -> Any:
+    """A section that is written as null or false has its defaults."""
+    return {} if value is None or value is False else value
+
+
+def _device(value: Any) -> Any:
+    return "none" if value is None else value
+
+
+def _to_cpu(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return "cpu" if value else None
+    raise RefusedValue("must be true or false", "Use offload_optimizer.device and offload_param.device.")
+
+
+def _whole_elements(value: Any) -> Any:
+    return math.floor(value) if isinstance(value, float) else value
+
+
+def _group_size(value: Any) -> Any:
+    """MiCS is off at -1."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+        return None
+    return value
+
+
 _NO_MOE = "mixtures of experts are not built yet"
-_STAGE_3 = "acts at ZeRO stage 3 only, which is not built yet"
 _INTERNAL = "an internal of DeepSpeed without counterpart here"
 _HYPER = "changes the training method and is not part of this engine"
-_OFFLOAD_KEYS = (
-    *("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory", "pipeline_read"),
-    *("pipeline_write", "pipeline", "fast_init", "ratio", "super_offload", "cpuadam_cores_perc"),
-)
 _STAGE_3_NAMES = (
     *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold"),
     *("max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save"),
-    *("gather_fp16_weights_on_model_save", "module_granularity_threshold"),
-    *("use_all_reduce_for_fetch_params", "allgather_sequential"),
 )
+_STAGE_3_IGNORED = (
+    ("module_granularity_threshold", "a unit, the weights that are gathered together, is a block of the model"),
+    ("use_all_reduce_for_fetch_params", "weights are always gathered with all-gather"),
+    ("allgather_sequential", "a unit lies in one flat buffer and is gathered at once, not weight by weight"),
+)
+_NO_QUANTISED = "quantised collectives (ZeRO++) are not built"
 
 TOP_LEVEL = (
     _refuse("managed_gradient_accumulation", "the engine finds the step's boundary itself", "Remove it.", (True, None)),
@@ -156,12 +181,13 @@ TOP_LEVEL = (
     ),
     _refuse("disable_allgather", "a legacy switch without counterpart", "Remove it."),
     _map("zero_allow_untested_optimizer", "", "every optimizer of this engine runs under ZeRO"),
-    _ignore("zero_force_ds_cpu_optimizer", "nothing is offloaded, so there is no CPU optimizer to choose"),
+    _ignore("zero_force_ds_cpu_optimizer", "every optimizer steps on the CPU what is offloaded"),
     _refuse("graph_harvesting", "CUDA graphs are not built yet", "Remove it."),
     _refuse("use_data_before_expert_parallelism", _NO_MOE, "Remove it."),
     _map("sequence_parallel_size", "parallel.context", "the number of ranks that share a sequence"),
     _map("bfloat16", "bf16", "the old name of bf16"),
     _map("zero_optimization", "zero_optimization", "the old form: true is stage 1, false stage 0", _switch_to_stage),
+    _map("zero_optimization.aio", "aio", "a section of its own; published examples have it here"),
 )
 
 OPTIMIZER = (
@@ -197,18 +223,88 @@ PRECISION = (
     _refuse_block("amp", "Apex mixed precision is not supported", "Use bf16.enabled, or fp16.enabled."),
 )
 
-ZERO = (
-    Key(
-        "zero_optimization.stage",
-        "refuse",
-        "stages 2 and 3 are not built yet",
-        "Use 1; pipeline and tensor degrees also divide gradients and weights.",
-        only=(2, 3),
+_ZERO = "zero_optimization"
+_OPTIMIZER, _PARAM = f"{_ZERO}.offload_optimizer", f"{_ZERO}.offload_param"
+OFFLOAD = (
+    *(
+        row
+        for section in (_OPTIMIZER, _PARAM)
+        for row in (
+            _map(section, section, "nothing is offloaded", _section),
+            _map(f"{section}.device", f"{section}.device", "nothing is offloaded", _device),
+            _ignore(f"{section}.buffer_size", "a buffer has the size of a unit"),
+        )
     ),
+    Key(
+        f"{_OPTIMIZER}.pipeline",
+        "map",
+        "it stands for both",
+        target=f"{_OPTIMIZER}.pipeline_read",
+        also=f"{_OPTIMIZER}.pipeline_write",
+    ),
+    _ignore(f"{_OPTIMIZER}.fast_init", "how files are first written does not change what they hold"),
+    _ignore(f"{_OPTIMIZER}.cpuadam_cores_perc", "run.threads sets the threads of a rank"),
+    _refuse(f"{_OPTIMIZER}.super_offload", "SuperOffload is not part of this engine", "Remove it."),
+    _map(f"{_ZERO}.cpu_offload", f"{_OPTIMIZER}.device", "the old form: true is cpu", _to_cpu),
+    _map(f"{_ZERO}.cpu_offload_params", f"{_PARAM}.device", "the old form: true is cpu", _to_cpu),
+    _map(f"{_ZERO}.cpu_offload_param", f"{_PARAM}.device", "the old form: true is cpu", _to_cpu),
+    Key(
+        f"{_ZERO}.cpu_offload_use_pin_memory",
+        "map",
+        "the old form, for both",
+        target=f"{_OPTIMIZER}.pin_memory",
+        also=f"{_PARAM}.pin_memory",
+    ),
+    _map("aio.thread_count", "aio.intra_op_parallelism", "the name in DeepSpeed's documentation"),
+    _ignore("aio.single_submit", "aio.queue_depth alone says how many blocks are under way"),
+    _ignore("aio.overlap_events", "aio.queue_depth alone says how many blocks are under way"),
+    _refuse("aio.use_gds", "files are read into host memory, not straight into a GPU's", "Remove it."),
+)
+
+STAGE_3 = (
+    *(_map(f"{_ZERO}.{name}", f"{_ZERO}.stage3_{name}", "the short name") for name in _STAGE_3_NAMES),
+    _map(
+        *(f"{_ZERO}.stage3_prefetch_bucket_size", f"{_ZERO}.stage3_prefetch_bucket_size", "rounded down"),
+        convert=_whole_elements,
+    ),
+    *(
+        _map(f"{_ZERO}.{old}", f"{_ZERO}.stage3_gather_16bit_weights_on_model_save", "the old name")
+        for old in ("stage3_gather_fp16_weights_on_model_save", "gather_fp16_weights_on_model_save")
+    ),
+    *(_ignore(f"{_ZERO}.{prefix}{name}", why) for name, why in _STAGE_3_IGNORED for prefix in ("stage3_", "")),
+    _ignore(f"{_ZERO}.memory_efficient_linear", "no layer is replaced: the schedule says when a unit is whole"),
+    _ignore(f"{_ZERO}.override_module_apply", "no module is patched, so nothing needs to be overridden"),
+    _ignore(
+        *(f"{_ZERO}.leaf_module", "a unit, the weights that are gathered together, is a block of the model"),
+        *("classes", "names", "name_suffixes"),
+    ),
+    _map(
+        *(f"{_ZERO}.mics_shard_size", f"{_ZERO}.zero_hpz_partition_size", "ranks that share a partition (HSDP)"),
+        convert=_group_size,
+    ),
+    _refuse(
+        f"{_ZERO}.mics_hierarchical_params_gather",
+        "weights are gathered in one step over the ranks that share a partition, not node by node",
+        "Remove it.",
+    ),
+    *(
+        _refuse(f"{_ZERO}.{name}", _NO_QUANTISED, "Remove it.", (False, None, {}))
+        for name in (
+            *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+            "zeropp_loco_param",
+        )
+    ),
+)
+
+ZERO = (
+    *OFFLOAD,
+    *STAGE_3,
     _ignore("zero_optimization.contiguous_gradients", "gradients always lie in one flat buffer per unit"),
-    _ignore("zero_optimization.reduce_scatter", "stage 1 always reduces to the rank that owns the partition"),
+    _ignore(
+        "zero_optimization.reduce_scatter", "from stage 1 on, gradients are always reduced to the rank that owns them"
+    ),
     _ignore("zero_optimization.allgather_partitions", "weights are always gathered with all-gather"),
-    _ignore("zero_optimization.allgather_bucket_size", "weights are gathered one unit at a time"),
+    _ignore("zero_optimization.allgather_bucket_size", "weights are gathered unit by unit"),
     _ignore("zero_optimization.use_multi_rank_bucket_allreduce", _INTERNAL),
     _refuse(
         "zero_optimization.load_from_fp32_weights",
@@ -217,35 +313,20 @@ ZERO = (
         (True, None),
     ),
     _refuse("zero_optimization.elastic_checkpoint", "a legacy format", "Remove it."),
-    _refuse_block("zero_optimization.offload_param", _NO_OFFLOAD, _KEEP_ON_DEVICE, *_OFFLOAD_KEYS, switch="device"),
-    _refuse_block("zero_optimization.offload_optimizer", _NO_OFFLOAD, _KEEP_ON_DEVICE, *_OFFLOAD_KEYS, switch="device"),
-    _refuse("zero_optimization.cpu_offload", _NO_OFFLOAD, "Remove it."),
-    _refuse("zero_optimization.cpu_offload_params", _NO_OFFLOAD, "Remove it."),
-    _refuse("zero_optimization.cpu_offload_param", _NO_OFFLOAD, "Remove it."),
-    _ignore("zero_optimization.cpu_offload_use_pin_memory", "nothing is offloaded"),
-    _ignore("zero_optimization.sub_group_size", "the optimizer steps through one flat buffer per unit"),
-    *(_ignore(f"zero_optimization.{prefix}{name}", _STAGE_3) for prefix in ("stage3_", "") for name in _STAGE_3_NAMES),
+    _ignore("zero_optimization.sub_group_size", "the optimizer steps unit by unit, and a unit is a block of the model"),
     _refuse(
         "zero_optimization.ignore_unused_parameters",
         "the check that every parameter is used is not built yet",
         "Remove it.",
         (True, None),
     ),
-    _ignore("zero_optimization.round_robin_gradients", "nothing is copied to the CPU"),
-    _refuse("zero_optimization.zero_hpz_partition_size", "ZeRO++ is not built yet", "Remove it.", (1, None)),
-    _refuse("zero_optimization.zero_quantized_weights", "ZeRO++ is not built yet", "Remove it."),
-    _refuse("zero_optimization.zero_quantized_nontrainable_weights", "ZeRO++ is not built yet", "Remove it."),
-    _refuse("zero_optimization.zero_quantized_gradients", "ZeRO++ is not built yet", "Remove it."),
-    _refuse("zero_optimization.zeropp_loco_param", "ZeRO++ is not built yet", "Remove it.", (None, {})),
-    _refuse("zero_optimization.mics_shard_size", "MiCS is not built yet", "Remove it.", (-1, None)),
-    _refuse("zero_optimization.mics_hierarchical_params_gather", "MiCS is not built yet", "Remove it."),
-    _ignore("zero_optimization.memory_efficient_linear", _STAGE_3),
-    _ignore("zero_optimization.override_module_apply", _STAGE_3),
+    _ignore("zero_optimization.round_robin_gradients", "every rank owns an equal part of each unit's gradients"),
     _ignore("zero_optimization.pipeline_loading_checkpoint", _INTERNAL),
     _ignore("zero_optimization.log_trace_cache_warnings", _INTERNAL),
-    _ignore("zero_optimization.save_muon_momentum_buffer_in_memory", _INTERNAL),
-    _map("zero_optimization.enable_sanity_checks", "", "internal checks are always on"),
-    _ignore("zero_optimization.leaf_module", _STAGE_3, "classes", "names", "name_suffixes"),
+    _ignore(
+        "zero_optimization.save_muon_momentum_buffer_in_memory",
+        "optimizer states lie where zero_optimization.offload_optimizer says",
+    ),
     _refuse("zero_optimization.zenflow", "ZenFlow is not part of this engine", "Remove it.", (None, {})),
     _refuse("zero_optimization.legacy_stage1", "a legacy switch without counterpart", "Remove it."),
 )
@@ -260,7 +341,11 @@ LAYOUT = (
     _ignore("activation_checkpointing.contiguous_memory_optimization", _INTERNAL),
     _ignore("activation_checkpointing.synchronize_checkpoint_boundary", _INTERNAL),
     _refuse("activation_checkpointing.profile", "recompute is not timed on its own", "Use wall_clock_breakdown."),
-    _refuse("activation_checkpointing.cpu_checkpointing", _NO_OFFLOAD, 'Use recompute: "full".'),
+    _refuse(
+        "activation_checkpointing.cpu_checkpointing",
+        "kept activations stay on the device; weights and optimizer states can be offloaded",
+        'Use recompute: "full".',
+    ),
     _map("pipeline.stages", "parallel.pipeline", "the number of pipeline ranks", _num_stages),
     _map("pipeline.partition", "pipeline.partition", '"best" is "cost" here', _partition),
     _refuse(
@@ -281,7 +366,11 @@ LAYOUT = (
     _refuse("tensor_parallel.preset_model", "the model's family brings its plan", "Use model.family.", (None, "")),
     _refuse("tensor_parallel.partition_config", "the model's family brings its plan", "Use model.family.", (None, {})),
     _ignore("tensor_parallel.dtype", "data_types.param_dtype sets the dtype"),
-    _refuse("tensor_parallel.keep_module_on_host", _NO_OFFLOAD, "Remove it."),
+    _refuse(
+        "tensor_parallel.keep_module_on_host",
+        "a rank makes only its own part of the weights, so the whole module lies nowhere",
+        "Remove it; zero_optimization.offload_param keeps weights in host memory.",
+    ),
     _refuse_block("expert_parallel", _NO_MOE, "Remove it."),
 )
 
@@ -296,12 +385,6 @@ CHECKPOINT = (
         *("io_buffer_size", "io_buffer_double", "io_multiplier", "show_statistics", "data_parallel"),
         switch="decoupled",
     ),
-    _refuse("aio.use_gds", _NO_OFFLOAD, "Remove it."),
-    *(
-        _ignore(f"aio.{name}", "nothing is offloaded to NVMe")
-        for name in ("block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit")
-    ),
-    _ignore("aio.overlap_events", "nothing is offloaded to NVMe"),
 )
 
 _SINKS = "Use tensorboard or csv_monitor; metrics.jsonl is always written."

@@ -54,12 +54,17 @@ class ParallelConfig(ConfigModel):
     """Degrees of parallelism; their product data x pipeline x context x tensor is the number of ranks."""
 
     data: Auto[Count] = key(
-        "auto", "Data-parallel degree. auto: what the other degrees leave of the world size.", "ranks"
+        "auto", "Data-parallel degree, copies included. auto: what the other degrees leave of the world size.", "ranks"
     )
     pipeline: Count = key(1, "Pipeline-parallel degree.", "ranks")
     tensor: Count = key(1, "Tensor-parallel degree.", "ranks")
     context: Count = key(1, "Context-parallel degree; only 1 for now.", "ranks")
-    replicate: Count = key(1, "Copies of the ZeRO partition inside the data degree; only 1 for now.", "copies")
+    replicate: Count = key(
+        1,
+        "Copies of the ZeRO partition inside the data degree (HSDP): data / replicate ranks share a partition, and copies "
+        "reduce gradients among themselves. zero_optimization.zero_hpz_partition_size sets it the other way round.",
+        "copies",
+    )
     sequence_parallel: Bool = key(
         False, "Megatron sequence parallelism: norms and dropout hold 1/tensor of the sequence."
     )

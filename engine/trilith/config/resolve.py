@@ -16,6 +16,7 @@ from trilith.config.base import AUTO
 from trilith.config.batch import MICRO, STEPS, TOTAL, derive_batch
 from trilith.config.draft import Draft
 from trilith.config.layout_keys import PREFLIGHT_DECIDES, V_SHAPED
+from trilith.config.rule import one_of_its_divisors
 from trilith.config.rules import check_rules, notes_of, overlap, tainted_by, what_a_run_needs
 from trilith.config.schema import Config, Provenance, takes_auto, with_provenance
 from trilith.errors import ConfigError, Violation
@@ -23,6 +24,8 @@ from trilith.errors import ConfigError, Violation
 DEFAULT_LR = 1e-3
 DEFAULT_LOG_INTERVAL = 10
 _VIRTUAL_STAGES = "pipeline.virtual_stages"
+_REPLICATE, _SHARD = "parallel.replicate", "zero_optimization.zero_hpz_partition_size"
+_SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 
 
 @dataclass(frozen=True)
@@ -302,11 +305,33 @@ def _derive_scheduler(draft: Draft) -> None:
         draft.derive("scheduler.params.decay_num_steps", total // 10, f"a tenth of total_num_steps {total}")
 
 
+def _derive_replicas(draft: Draft) -> None:
+    data, shard = draft.get("parallel.data"), draft.get(_SHARD)
+    if shard == 1:
+        return
+    if data % shard:
+        fix = one_of_its_divisors(data)
+        if draft.world_size is None and "parallel.data" in draft.derived:
+            fix = "Give the world size, or parallel.data."
+        draft.refuse(_SHARD, f"must divide parallel.data {data}", fix)
+    elif not draft.was_given(_REPLICATE):
+        draft.tree["parallel"]["replicate"] = data // shard
+        draft.derived[_REPLICATE] = f"parallel.data {data} / zero_hpz_partition_size {shard}"
+    elif draft.get(_REPLICATE) != data // shard:
+        rule = f"{_SHARD} {shard} of parallel.data {data} says {data // shard}; both say how many copies there are"
+        draft.refuse(_REPLICATE, rule, "Keep one of the two.")
+
+
 def _derive_zero(draft: Draft) -> None:
-    hidden = draft.get("model.hidden_size")
+    hidden, unknown = draft.get("model.hidden_size"), "because the model is not given here"
+    bucket, prefetch, persist = (f"zero_optimization.{name}" for name in _SIZES)
     if hidden:
-        draft.derive("zero_optimization.reduce_bucket_size", hidden * hidden, f"hidden_size {hidden} squared")
-    draft.derive("zero_optimization.reduce_bucket_size", 500_000_000, "5e8, because the model is not given here")
+        draft.derive(bucket, hidden * hidden, f"hidden_size {hidden} squared")
+        draft.derive(prefetch, 9 * hidden * hidden // 10, f"0.9 x hidden_size {hidden} squared")
+        draft.derive(persist, 10 * hidden, f"10 x hidden_size {hidden}")
+    draft.derive(bucket, 500_000_000, f"5e8, {unknown}")
+    draft.derive(prefetch, 50_000_000, f"5e7, {unknown}")
+    draft.derive(persist, 100_000, f"1e5, {unknown}")
     draft.derive("zero_optimization.overlap_comm", True, "true")
 
 
@@ -332,6 +357,7 @@ _STEPS: tuple[tuple[tuple[str, ...], Callable[[Draft], None]], ...] = (
     ((), _derive_training),
     (("optimizer", "scheduler"), _derive_optimizer),
     (("optimizer", "scheduler", "training.steps"), _derive_scheduler),
+    (("parallel.data", _REPLICATE, _SHARD), _derive_replicas),
     ((), _derive_zero),
     ((), _derive_directories),
 )

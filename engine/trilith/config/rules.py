@@ -8,25 +8,18 @@ known to be wrong, so that one mistake gives one message.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from trilith.config.base import NotGiven
 from trilith.config.layout_keys import ASYNCHRONOUS, FROM_FILE
 from trilith.config.model_keys import ModelConfig
+from trilith.config.rule import Rule, one_of_its_divisors
 from trilith.config.schema import Config
 from trilith.config.training_keys import AdamConfig, SGDConfig, WarmupDecayLRConfig, WarmupLRConfig, WSDConfig
+from trilith.config.zero_rules import ZERO_RULES, zero_notes
 from trilith.errors import Violation
 
 _WIDTH = MappingProxyType({"fp16": 16, "bf16": 16, "fp32": 32, "fp64": 64})
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`check` gives the violations of one rule; `keys` are the keys (or sections) that it reads."""
-
-    keys: tuple[str, ...]
-    check: Callable[[Config], list[Violation]]
 
 
 def heads_divide_width(config: Config) -> list[Violation]:
@@ -44,9 +37,8 @@ def kv_heads_divide_heads(config: Config) -> list[Violation]:
     heads, kv_heads = config.model.num_heads, config.model.num_kv_heads
     if heads % kv_heads == 0:
         return []
-    fits = [str(count) for count in range(1, min(heads, 1024) + 1) if heads % count == 0]
     rule = f"must divide model.num_heads {heads}"
-    return [Violation("model.num_kv_heads", kv_heads, rule, f"One of {', '.join(fits[:12])}.")]
+    return [Violation("model.num_kv_heads", kv_heads, rule, one_of_its_divisors(heads))]
 
 
 def rotary_pairs(config: Config) -> list[Violation]:
@@ -129,12 +121,9 @@ def evaluation_batch_divides(config: Config) -> list[Violation]:
 
 
 def axes_not_built(config: Config) -> list[Violation]:
-    """Context parallelism and replicated partitions are not built yet."""
-    return [
-        Violation(f"parallel.{axis}", degree, "only 1 is built yet", "Use 1.")
-        for axis, degree in (("context", config.parallel.context), ("replicate", config.parallel.replicate))
-        if degree != 1
-    ]
+    """Context parallelism is not built yet."""
+    context = config.parallel.context
+    return [Violation("parallel.context", context, "only 1 is built yet", "Use 1.")] if context != 1 else []
 
 
 def interleaving_needs_ranks(config: Config) -> list[Violation]:
@@ -287,7 +276,7 @@ RULES: tuple[Rule, ...] = (
         ("train_batch_size", "training.eval_batch_size", "train_micro_batch_size_per_gpu", "parallel.data"),
         evaluation_batch_divides,
     ),
-    Rule(("parallel.context", "parallel.replicate"), axes_not_built),
+    Rule(("parallel.context",), axes_not_built),
     Rule(("pipeline.virtual_stages", "pipeline.schedule", "parallel.pipeline"), interleaving_needs_ranks),
     Rule(("pipeline.schedule", "pipeline.schedule_file"), file_of_a_schedule),
     Rule(("pipeline.schedule", "gradient_clipping", "fp16", "bf16"), each_stage_updates_alone),
@@ -299,6 +288,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("scheduler", "optimizer.params.lr"), warmup_rises),
     Rule(("scheduler", "training.steps"), schedule_fits_its_length),
     Rule(("training.log_interval", "steps_per_print"), one_rhythm_of_progress),
+    *ZERO_RULES,
 )
 
 
@@ -345,6 +335,7 @@ def notes_of(config: Config, was_given: Callable[[str], bool]) -> list[str]:
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:
         notes.append("parallel.sequence_parallel: has no effect with parallel.tensor 1")
     notes += _pipeline_notes(config)
+    notes += zero_notes(config)
     if isinstance(config.optimizer, AdamConfig):
         kind = "decoupled (AdamW)" if config.optimizer.decoupled_decay else "added to the gradient (L2)"
         notes.append(f"optimizer: Adam with weight decay {kind}; optimizer.params.adam_w_mode chooses")
