@@ -65,7 +65,7 @@ AXES: Axes = (
     ("tensor", tuple(range(1, 9))),
     ("schedule", SCHEDULES),
     ("microbatches", (1, 3, 4, 5, 8, MANY)),
-    ("zero", (0, 1)),
+    ("zero", (0, 1, 2, 3)),
     ("tied", (False, True)),
     ("sequence_parallel", (False, True)),
     ("recompute", ("none", "selective", "full")),
@@ -179,7 +179,11 @@ def config(cell: Cell, **changes: Any) -> dict[str, Any]:
             "timeout_s": 60,
         },
         "pipeline": {"schedule": cell.schedule, "virtual_stages": cell.virtual_stages},
-        "zero_optimization": {"stage": cell.zero},
+        "zero_optimization": {
+            "stage": cell.zero,
+            # So small a model would stay whole: shard every parameter, one unit at a time.
+            **({"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0} if cell.zero == 3 else {}),
+        },
         "activation_checkpointing": {"recompute": cell.recompute},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": cell.microbatches,

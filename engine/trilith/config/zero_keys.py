@@ -24,7 +24,8 @@ class OffloadOptimizerConfig(ConfigModel):
         "host memory.",
     )
     nvme_path: Text | None = key(
-        None, "Directory on a fast disk; each rank makes one of its own in it. For device nvme."
+        None,
+        "Directory on a fast disk, which must exist; each rank keeps a file of its own in it, without a name. For nvme.",
     )
     ratio: Fraction = key(1.0, "Share of the optimizer's elements that is offloaded, by whole units.", "0 to 1")
     pin_memory: Bool = key(True, "Page-locked host memory, from which a GPU copies while it computes.")
@@ -41,7 +42,8 @@ class OffloadParamConfig(ConfigModel):
         "none: on the device; cpu: in host memory; nvme: in files under nvme_path; auto: as offload_optimizer.device.",
     )
     nvme_path: Text | None = key(
-        None, "Directory on a fast disk; each rank makes one of its own in it. For device nvme."
+        None,
+        "Directory on a fast disk, which must exist; each rank keeps a file of its own in it, without a name. For nvme.",
     )
     pin_memory: Bool = key(True, "Page-locked host memory, from which a GPU copies while it computes.")
     buffer_count: Count = key(5, "Units that are in host memory at once on their way from and to the disk.", "units")

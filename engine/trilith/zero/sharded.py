@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from trilith import comm
-from trilith.models.base import LocalParameter
 from trilith.models.families import declare
 from trilith.optim.base import OptimizerFactory
 from trilith.optim.clip import clip_factor
@@ -29,19 +28,17 @@ from trilith.pipeline.action import Schedule
 from trilith.precision import LossScaler, PrecisionPolicy
 from trilith.sharding import ShardSpec
 from trilith.topology import Group, Topology
-from trilith.zero.flat import DeclaredModule, FlatUnit, Keeping, make_unit, move_buffers
-from trilith.zero.gathers import Gatherer
+from trilith.zero.flat import DeclaredModule, FlatUnit, move_buffers
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.partition import (
     PlacedParameter,
     flat_unit_names,
     partition_specs,
-    split_small,
     tied_flat_units,
-    unit_layouts,
     with_copies,
 )
-from trilith.zero.residency import GatherPlan, StageUses, Use, gather_limits, uses_of
+from trilith.zero.residency import GatherPlan, uses_of
+from trilith.zero.storage import Storage, make_gatherer
 
 StateEntry = tuple[str, ShardSpec, Tensor]
 
@@ -177,8 +174,8 @@ class ShardedModel:
         self.scaler = LossScaler.from_config(config)
         self.max_norm = config.gradient_clipping
         self.kept_bytes: dict[str, int] = {}  # what others keep beside this model, by category
-        self._zero = zero
         self._partitioned = zero.stage >= 1 and topology.dp.size > 1
+        self._storage = Storage(zero, topology, policy, self.sharding.group_of)
         self._units: dict[int, tuple[FlatUnit, ...]] = {}
         self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
         self._places: dict[tuple[int, str], tuple[FlatUnit, PlacedParameter]] = {}
@@ -189,7 +186,8 @@ class ShardedModel:
         self._unit_index = {name: i for i, name in enumerate(self.sharding.unit_names)}
         self.optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
         self.reducer = self._make_reducer(self._units, zero)
-        self.gatherer, self._uses = self._make_gatherer(stages, zero)
+        units_of = {index: (*self._units[index], *self._frozen[index]) for index in stages}
+        self.gatherer, self._uses = make_gatherer(stages, units_of, topology.dp, zero)
         self._gather_plans: dict[int, tuple[Schedule, GatherPlan]] = {}
         self._stale = self._finished = False
         self._extra_updates = 0  # of the optimizer, beyond one a step
@@ -199,75 +197,11 @@ class ShardedModel:
         named = dict(module.named_parameters(remove_duplicate=False))
         trained = [p for p in module.local_parameters if named[p.name].requires_grad]
         frozen = [p for p in module.local_parameters if not named[p.name].requires_grad]
-        self._units[index] = self._make_units(index, module, trained, is_frozen=False)
-        self._frozen[index] = self._make_units(index, module, frozen, is_frozen=True)
+        self._units[index] = self._storage.make_units(index, module, trained)
+        self._frozen[index] = self._storage.make_units(index, module, frozen, is_frozen=True)
         for unit in (*self._units[index], *self._frozen[index]):
             self._places.update({(index, place.parameter.name): (unit, place) for place in unit.layout.placed})
         self._buffer_bytes += move_buffers(module, self.device)
-
-    def _make_units(
-        self, index: int, module: DeclaredModule, parameters: Sequence[LocalParameter], *, is_frozen: bool
-    ) -> tuple[FlatUnit, ...]:
-        """The flat units of some of a stage's parameters; at stage 3 small ones and others apart."""
-        zero, dp = self._zero, self.topology.dp
-        shards = zero.stage == 3 and self._partitioned
-        small, large = tuple(parameters), tuple(parameters)
-        if shards:
-            most = zero.stage3_model_persistence_threshold
-            small, large = split_small(parameters, zero.stage3_param_persistence_threshold, most)
-        cut = self._partitioned and (shards or not is_frozen)
-        passes = cut and zero.stage >= 2 and zero.reduce_interval == "microbatch"
-        degree, rank = (dp.size, dp.index) if cut else (1, 0)
-        units = [
-            make_unit(index, layout, Keeping(rank, not passes, whole, is_frozen), module, self.device, self.policy)
-            for members, whole in ((small, True), (large, False))
-            if shards or whole
-            for layout in unit_layouts(members, degree, self.sharding.group_of)
-        ]
-        order = {parameter.flat_unit: i for i, parameter in reversed(list(enumerate(parameters)))}
-        return tuple(sorted(units, key=lambda unit: order[unit.layout.name]))
-
-    def _make_gatherer(
-        self, stages: Mapping[int, DeclaredModule], zero: Any
-    ) -> tuple[Gatherer | None, dict[int, StageUses] | None]:
-        """What brings the weights of sharded units, if there are any, and which of them each stage uses when."""
-        members = [unit for index in stages for unit in (*self._units[index], *self._frozen[index]) if unit.is_sharded]
-        if not members:
-            return None, None
-        limits = gather_limits(zero)
-        gatherer = Gatherer(members, self.topology.dp, limits)
-        uses: dict[int, StageUses] | None = {}
-        for index, module in stages.items():
-            found = self._attach(gatherer, index, module)
-            uses = None if uses is None or found is None else {**uses, index: found}
-        return gatherer, uses
-
-    def _attach(self, gatherer: Gatherer, index: int, module: DeclaredModule) -> StageUses | None:
-        """Hook the modules of a stage; the uses of one forward and backward, where their order is known."""
-        unit_of = {
-            parameter: unit
-            for unit in (*self._units[index], *self._frozen[index])
-            if unit.is_sharded
-            for parameter in unit.parameters
-        }
-        homes: dict[str, dict[int, FlatUnit]] = {}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            if parameter in unit_of:
-                unit = unit_of[parameter]
-                homes.setdefault(module.home_of(name), {})[id(unit)] = unit
-        weightless = frozenset(module.weightless_backwards())
-        uses: dict[str, Use] = {}
-        for path, units in homes.items():
-            numbers = gatherer.attach(module.home(path), tuple(units.values()), path not in weightless)
-            uses[path] = Use(numbers)
-        order = module.homes()
-        if order is None:
-            return None
-        forward = tuple(uses[path] for path in order if path in uses)
-        backward = tuple(
-            replace(uses[path], backward=True) for path in reversed(order) if path in uses and path not in weightless
-        )
-        return StageUses(forward, backward)
 
     def _make_reducer(self, units: Mapping[int, Sequence[FlatUnit]], zero: Any) -> GradientReducer:
         """The reducer of `units`, by stage; `zero` is the config section `zero_optimization`."""

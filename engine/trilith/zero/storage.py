@@ -1,0 +1,87 @@
+"""What a rank stores of its stages: which flat units, cut how, whole when; and the hooks by which weights are gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trilith.models.base import LocalParameter
+from trilith.optim.groups import GroupOf
+from trilith.precision import PrecisionPolicy
+from trilith.topology import Group, Topology
+from trilith.zero.flat import DeclaredModule, FlatUnit, Keeping, make_unit
+from trilith.zero.gathers import Gatherer
+from trilith.zero.partition import split_small, unit_layouts
+from trilith.zero.residency import StageUses, Use, gather_limits
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How units are made; `zero` is the config section `zero_optimization`."""
+
+    zero: Any
+    topology: Topology
+    policy: PrecisionPolicy
+    group_of: GroupOf
+
+    def make_units(
+        self, stage: int, module: DeclaredModule, parameters: Sequence[LocalParameter], *, is_frozen: bool = False
+    ) -> tuple[FlatUnit, ...]:
+        """The flat units of some of a stage's parameters; at ZeRO stage 3 small ones and others apart."""
+        zero, dp = self.zero, self.topology.dp
+        partitioned = zero.stage >= 1 and dp.size > 1
+        shards = zero.stage == 3 and partitioned
+        small, large = tuple(parameters), tuple[LocalParameter, ...]()
+        if shards:
+            most = zero.stage3_model_persistence_threshold
+            small, large = split_small(parameters, zero.stage3_param_persistence_threshold, most)
+        cut = partitioned and (shards or not is_frozen)
+        passes = cut and zero.stage >= 2 and zero.reduce_interval == "microbatch"
+        degree, rank = (dp.size, dp.index) if cut else (1, 0)
+        units = [
+            make_unit(
+                stage, layout, Keeping(rank, not passes, whole, is_frozen), module, self.topology.device, self.policy
+            )
+            for members, whole in ((small, True), (large, False))
+            for layout in unit_layouts(members, degree, self.group_of)
+        ]
+        order = {parameter.flat_unit: i for i, parameter in reversed(list(enumerate(parameters)))}
+        return tuple(sorted(units, key=lambda unit: order[unit.layout.name]))
+
+
+def make_gatherer(
+    stages: Mapping[int, DeclaredModule], units: Mapping[int, Sequence[FlatUnit]], group: Group, zero: Any
+) -> tuple[Gatherer | None, dict[int, StageUses] | None]:
+    """What brings the weights of sharded units, None where there are none; and which of them each stage uses in one forward
+    and backward, None where the order is not known. `units`: by stage."""
+    members = [unit for index in stages for unit in units[index] if unit.is_sharded]
+    if not members:
+        return None, None
+    gatherer = Gatherer(members, group, gather_limits(zero))
+    found = {index: _attach(gatherer, module, units[index]) for index, module in stages.items()}
+    known = {index: uses for index, uses in found.items() if uses is not None}
+    return gatherer, known if len(known) == len(found) else None
+
+
+def _attach(gatherer: Gatherer, module: DeclaredModule, units: Sequence[FlatUnit]) -> StageUses | None:
+    """Hook the modules of a stage that sharded units belong to."""
+    unit_of = {parameter: unit for unit in units if unit.is_sharded for parameter in unit.parameters}
+    homes: dict[str, dict[int, FlatUnit]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter in unit_of:
+            unit = unit_of[parameter]
+            homes.setdefault(module.home_of(name), {})[id(unit)] = unit
+    weightless = frozenset(module.weightless_backwards())
+    uses = {
+        path: Use(gatherer.attach(module.home(path), tuple(held.values()), path not in weightless))
+        for path, held in homes.items()
+    }
+    order = module.homes()
+    if order is None:
+        return None
+    backward = [path for path in reversed(order) if path in uses and path not in weightless]
+    return StageUses(
+        tuple(uses[path] for path in order if path in uses),
+        tuple(replace(uses[path], backward=True) for path in backward),
+    )
