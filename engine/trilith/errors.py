@@ -60,3 +60,7 @@ class DataError(TrilithError):
 
 class KernelError(TrilithError):
     """A kernel was called with arguments it cannot serve."""
+
+
+class OffloadError(TrilithError):
+    """Offloaded bytes cannot be put away on a disk, or do not come back as they were."""

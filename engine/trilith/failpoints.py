@@ -2,12 +2,13 @@
 
 Armed by the environment variable TRILITH_FAILPOINT, "<name>:<rank>:<nth>:<action>", several separated by commas. It
 is no configuration of a run: it exists for fault tests, here and on real clusters. <rank> is a number or "*" (all),
-<nth> counts the passes of that rank from 1. Actions: `raise` (InjectedFault), `kill` (SIGKILL), `stop` (SIGSTOP),
-`exit` (exit code 1 without a word), `sleep=<seconds>`.
+<nth> counts the passes of that rank from 1. Actions: `raise` (InjectedFault), `full` (the OSError of a full disk), `kill`
+(SIGKILL), `stop` (SIGSTOP), `exit` (exit code 1 without a word), `sleep=<seconds>`.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -30,9 +31,11 @@ REGISTERED = frozenset(
         "checkpoint_write",
         "checkpoint_publish",
         "checkpoint_load",
+        "offload_write",
+        "offload_read",
     )
 )
-ACTIONS = ("raise", "kill", "stop", "exit", "sleep")
+ACTIONS = ("raise", "full", "kill", "stop", "exit", "sleep")
 
 
 class InjectedFault(RuntimeError):
@@ -53,6 +56,8 @@ class Failpoint:
         """Let the fault happen in this process."""
         if self.action == "raise":
             raise InjectedFault(f"failpoint {self.name}, pass {self.nth}")
+        if self.action == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.action == "stop":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -51,6 +52,12 @@ def test_unarmed_is_cheap_and_needs_a_registered_name() -> None:
     assert time.perf_counter() - began < 0.1
     with pytest.raises(AssertionError):
         points.hit("foreward")
+
+
+def test_a_full_disk() -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        armed("checkpoint_write:0:1:full").hit("checkpoint_write")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def process_that_hits(action: str) -> subprocess.Popen[bytes]:
