@@ -20,7 +20,7 @@ from trilith.models.activations import ActivationBytes, boundary_bytes, stage_ac
 from trilith.models.base import UnitDecl, num_parameters, stage_parameters, train_flops_per_token
 from trilith.models.families import declare, rules
 from trilith.pipeline.action import Schedule
-from trilith.pipeline.memory import RankMemory, activation_setting, rank_memories
+from trilith.pipeline.memory import RankMemory, activation_setting
 from trilith.pipeline.of_config import asked_problems, asked_schedule, completed, tied_ranks
 from trilith.pipeline.partition import Cuts, partition, partition_problems
 from trilith.pipeline.search import (
@@ -37,7 +37,10 @@ from trilith.pipeline.search import (
 )
 from trilith.pipeline.simulate import Simulation, simulate
 from trilith.topology import Degrees, PlannedGroup, group_plan
+from trilith.zero import budget as zero
+from trilith.zero.budget import rank_memories, whole_gradients, with_gathers
 from trilith.zero.partition import tied_flat_units
+from trilith.zero.residency import GatherPlan
 
 GROUPS_SHOWN = 12
 
@@ -48,7 +51,8 @@ class Plan:
 
     `cuts[s]` is stage s's range of `units`; `schedule`, complete and checked, says on which pipeline rank it lies. `ties`:
     flat unit -> pipeline ranks that hold a copy of it, where these are several. `ranking`: the candidates, where schedule
-    or partition were to be found. `measured`: the costs that they were judged by; None: FLOPs, and a run measures first.
+    or partition were to be found. `gathers`: by pipeline rank, how ZeRO-3 brings its weights; none at other stages.
+    `measured`: the costs that they were judged by; None: FLOPs, and a run measures first.
     """
 
     resolved: Resolved
@@ -57,6 +61,7 @@ class Plan:
     cuts: Cuts
     schedule: Schedule
     ties: Mapping[str, tuple[int, ...]]
+    gathers: tuple[GatherPlan, ...] = ()
     ranking: Ranking | None = None
     measured: Measured | None = None
 
@@ -108,7 +113,16 @@ class Plan:
     def memory(self) -> tuple[RankMemory, ...]:
         """What each pipeline rank needs, by prediction; activations are measured ones where there are any."""
         kept = _activations(self.config, self.units, self.cuts, self.measured)
-        return rank_memories(self.config, self.units, self.schedule, self.cuts, kept)
+        return rank_memories(self.config, self.units, self.schedule, self.cuts, kept, self.gathers)
+
+    @cached_property
+    def whole_gradients(self) -> frozenset[str]:
+        """The flat units whose gradients stay whole over the microbatches of a step, at stages 2 and 3."""
+        interval = self.config.zero_optimization.reduce_interval
+        if interval == "auto":
+            return whole_gradients(self.config, self.units, self.schedule, self.cuts, self.memory)
+        names = {p.flat_unit for unit in self.units for p in unit.parameters}
+        return frozenset(names if interval == "step" else ())
 
     @cached_property
     def groups(self) -> tuple[PlannedGroup, ...]:
@@ -154,6 +168,7 @@ def _plan(resolved: Resolved, measured: Measured | None) -> Plan:
         cuts = partition(units, schedule.num_stages, config.pipeline.partition)
     tied_stages = _tied_stages(units, cuts)
     schedule = completed(replace(schedule, ties=tuple(tied_stages.values())), config)
+    schedule, gathers = with_gathers(config, units, schedule, cuts)
     parallel = config.parallel
     degrees = Degrees(
         pipeline=parallel.pipeline,
@@ -162,7 +177,8 @@ def _plan(resolved: Resolved, measured: Measured | None) -> Plan:
         context=parallel.context,
         tensor=parallel.tensor,
     )
-    return Plan(resolved, degrees, units, cuts, schedule, tied_ranks(tied_stages, schedule), ranking, measured)
+    ties = tied_ranks(tied_stages, schedule)
+    return Plan(resolved, degrees, units, cuts, schedule, ties, gathers, ranking, measured)
 
 
 def layout_problems(config: Config) -> list[Violation]:
@@ -329,6 +345,15 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "provisional": plan.is_provisional,
         },
         "ranking": [_ranked_json(row) for row in plan.ranking.rows] if plan.ranking else [],
+        "gathers": [
+            {
+                "num_gathers": gathers.num_gathers,
+                "gathered_numel": gathers.gathered_numel,
+                "sharded_numel": sum(gathers.sizes),
+                "peak_numel": gathers.peak_numel,
+            }
+            for gathers in plan.gathers
+        ],
         "groups": [{"name": group.name, "ranks": list(group.ranks)} for group in plan.groups],
         "bubble": simulation.bubble,
         "bubble_makespan": simulation.bubble_makespan,
@@ -359,6 +384,7 @@ def describe(plan: Plan) -> str:
     for index, (lo, hi) in enumerate(plan.cuts):
         names = f"{plan.units[lo].name} .. {plan.units[hi - 1].name}" if hi - lo > 1 else plan.units[lo].name
         lines.append(f"  stage {index} on pipeline rank {plan.schedule.placement[index]}: {names}")
+    lines += zero.describe(plan.config, plan.schedule, plan.gathers, plan.memory)
     lines += _memory_lines(plan)
     if plan.ranking is not None:
         lines.append(plan.ranking.table())
@@ -400,7 +426,10 @@ def _memory_lines(plan: Plan) -> list[str]:
             f"  pipeline rank {rank}: {memory.parameters:,} parameters{versions} {human_bytes(memory.parameter_bytes)}, "
             f"gradients {human_bytes(memory.gradient_bytes)}, optimizer {human_bytes(memory.optimizer_bytes)}{rollback}, "
             f"activations {human_bytes(memory.activation_bytes)} of {live:g} microbatches, "
-            f"total {human_bytes(memory.total_bytes)}"
+            + (f"gather window {human_bytes(memory.window_bytes)}, " if memory.window_bytes else "")
+            + f"total {human_bytes(memory.total_bytes)}"
+            + (f"; in host memory {human_bytes(memory.host_bytes)}" if memory.host_bytes else "")
+            + (f"; on disk {human_bytes(memory.disk_bytes)}" if memory.disk_bytes else "")
         )
     return lines
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from trilith.stepping.base import Finished, LossReport, Parts, Stepper
 from trilith.stepping.make import make_stepper
 from trilith.stepping.synchronous import Accumulated, SynchronousSteps
 from trilith.zero.delayed import make_model
+from trilith.zero.sharded import sharding_of
 
 CPU = torch.device("cpu")
 
@@ -76,7 +77,8 @@ class Trainer:
         self.topology = build_topology(plan.degrees, place.device, timeout_s, ties=plan.ties, channels=channels)
         self.policy = PrecisionPolicy.from_config(self.config)
         self.stages = build.build_stages(self.config, plan.stages, plan.schedule, self.topology, self.policy)
-        self.model = make_model(plan.schedule, self.stages, self.topology, self.policy, self.config)
+        sharding = replace(sharding_of(self.config), whole_gradients=plan.whole_gradients)
+        self.model = make_model(plan.schedule, self.stages, self.topology, self.policy, self.config, sharding)
         build.initialise(self.model, self.stages, self.policy, self.config.training.seed)
         self.pipeline = {
             index: PipelineStage(

@@ -199,14 +199,15 @@ def test_json() -> None:
     content = json.loads(json.dumps(preflight.to_json(found), allow_nan=False))
     assert set(content) == {
         *("config", "origins", "notes", "world_size", "parameters", "train_flops_per_token", "stages", "ranks"),
-        *("groups", "bubble", "bubble_makespan", "peak_microbatches", "schedule", "ranking"),
+        *("groups", "bubble", "bubble_makespan", "peak_microbatches", "schedule", "ranking", "gathers"),
     }
     assert content["world_size"] == 8 and content["parameters"] == num_parameters(found.units)
     assert set(content["train_flops_per_token"]) == {"causal", "noncausal"}
     assert [stage["pipeline_rank"] for stage in content["stages"]] == [0, 1]
     assert [name for stage in content["stages"] for name in stage["units"]] == [unit.name for unit in found.units]
     keys = {"pipeline_rank", "parameters", "versions", "state_bytes", "total_bytes"}
-    keys |= {f"{part}_bytes" for part in ("parameter", "gradient", "optimizer", "rollback", "activation")}
+    parts = ("parameter", "gradient", "optimizer", "rollback", "activation", "window", "host", "disk")
+    keys |= {f"{part}_bytes" for part in parts}
     assert [set(rank) for rank in content["ranks"]] == [keys, keys]
     assert content["schedule"]["name"] == "1f1b" and not content["schedule"]["splits_backward"]
     assert content["ranking"] == []

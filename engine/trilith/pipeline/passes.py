@@ -6,7 +6,7 @@ A generator, or a file, gives computations; `complete` makes of them what the ex
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from trilith.errors import ScheduleError
@@ -182,6 +182,32 @@ def _last_send_after(actions: Row, index: int) -> int:
         elif actions[at].kind not in RECEIVES:
             break
     return last
+
+
+def insert_gathers(schedule: Schedule, marks: Sequence[Mapping[int, tuple[bool, bool]]]) -> Schedule:
+    """Add GATHER and RELEASE: `marks[rank][index]` tells of a computation whether it begins with weights to be fetched, and
+    whether it lets some go.
+
+    A GATHER goes before what is received for the computation: weights are on their way while the rank waits. A RELEASE
+    goes behind the computation's sends.
+    """
+    rows = []
+    for actions, marked in zip(schedule.actions, marks, strict=True):
+        before: dict[int, Action] = {}
+        after: dict[int, Action] = {}
+        for index, (gathers, releases) in marked.items():
+            stage, first = actions[index].stage, index
+            while first > 0 and actions[first - 1].kind in RECEIVES:
+                first -= 1
+            if gathers:
+                before[first] = Action(Kind.GATHER, stage)
+            if releases:
+                after[_last_send_after(actions, index)] = Action(Kind.RELEASE, stage)
+        row: list[Action] = []
+        for index, action in enumerate(actions):
+            row += [a for a in (before.get(index), action, after.get(index)) if a is not None]
+        rows.append(tuple(row))
+    return replace(schedule, actions=tuple(rows))
 
 
 def insert_validation(schedule: Schedule) -> Schedule:

@@ -48,13 +48,16 @@ class Sharding:
     """What ZeRO must know of the whole model, beyond this rank's stages, and of the optimizer.
 
     `unit_names`: every flat unit of the model, in one order for all ranks and layouts; the norm is summed in it.
-    `tied_units`: those that two stages hold. `group_of`: a tensor's parameter group.
+    `tied_units`: those that two stages hold. `group_of`: a tensor's parameter group. `whole_gradients`: the flat units
+    whose gradients stay whole over the microbatches of a step, also at stages 2 and 3; None: as `reduce_interval` says,
+    and all of them where it is "auto".
     """
 
     unit_names: tuple[str, ...]
     tied_units: frozenset[str]
     group_of: GroupOf
     make_optimizer: OptimizerFactory
+    whole_gradients: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ class ShardedModel:
         self.max_norm = config.gradient_clipping
         self.kept_bytes: dict[str, int] = {}  # what others keep beside this model, by category
         self._partitioned = zero.stage >= 1 and topology.dp.size > 1
-        self._storage = Storage(zero, topology, policy, self.sharding.group_of)
+        self._reduces_late = zero.reduce_interval != "microbatch"
+        self._storage = Storage(zero, topology, policy, self.sharding.group_of, self._keeps_whole)
         self._units: dict[int, tuple[FlatUnit, ...]] = {}
         self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
         self._places: dict[tuple[int, str], tuple[FlatUnit, PlacedParameter]] = {}
@@ -202,6 +206,11 @@ class ShardedModel:
         for unit in (*self._units[index], *self._frozen[index]):
             self._places.update({(index, place.parameter.name): (unit, place) for place in unit.layout.placed})
         self._buffer_bytes += move_buffers(module, self.device)
+
+    def _keeps_whole(self, flat_unit: str) -> bool:
+        """Whether a unit's gradient is whole over the microbatches of a step, where it need not be."""
+        chosen = self.sharding.whole_gradients
+        return self._reduces_late if chosen is None else flat_unit in chosen
 
     def _make_reducer(self, units: Mapping[int, Sequence[FlatUnit]], zero: Any) -> GradientReducer:
         """The reducer of `units`, by stage; `zero` is the config section `zero_optimization`."""

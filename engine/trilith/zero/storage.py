@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,16 @@ from trilith.zero.residency import StageUses, Use, gather_limits
 
 @dataclass(frozen=True)
 class Storage:
-    """How units are made; `zero` is the config section `zero_optimization`."""
+    """How units are made; `zero` is the config section `zero_optimization`.
+
+    `keeps_whole`: of a flat unit's name, whether its gradient is whole until the last microbatch at stages 2 and 3, too.
+    """
 
     zero: Any
     topology: Topology
     policy: PrecisionPolicy
     group_of: GroupOf
+    keeps_whole: Callable[[str], bool]
 
     def make_units(
         self, stage: int, module: DeclaredModule, parameters: Sequence[LocalParameter], *, is_frozen: bool = False
@@ -37,15 +41,13 @@ class Storage:
             most = zero.stage3_model_persistence_threshold
             small, large = split_small(parameters, zero.stage3_param_persistence_threshold, most)
         cut = partitioned and (shards or not is_frozen)
-        passes = cut and zero.stage >= 2 and zero.reduce_interval == "microbatch"
         degree, rank = (dp.size, dp.index) if cut else (1, 0)
-        units = [
-            make_unit(
-                stage, layout, Keeping(rank, not passes, whole, is_frozen), module, self.topology.device, self.policy
-            )
-            for members, whole in ((small, True), (large, False))
-            for layout in unit_layouts(members, degree, self.group_of)
-        ]
+        units = []
+        for members, whole in ((small, True), (large, False)):
+            for layout in unit_layouts(members, degree, self.group_of):
+                passes = cut and zero.stage >= 2 and not self.keeps_whole(layout.name)
+                keeping = Keeping(rank, not passes, whole, is_frozen)
+                units.append(make_unit(stage, layout, keeping, module, self.topology.device, self.policy))
         order = {parameter.flat_unit: i for i, parameter in reversed(list(enumerate(parameters)))}
         return tuple(sorted(units, key=lambda unit: order[unit.layout.name]))
 
