@@ -43,7 +43,7 @@ class Adam(Optimizer):
         options = self.options
         fused = torch._fused_adamw_ if options.decoupled_decay else torch._fused_adam_
         step = self.num_steps + 1 if options.bias_correction else _NO_CORRECTION_STEP
-        steps = torch.full((), step, dtype=torch.float32, device=self._device)
+        steps = torch.full((), step, dtype=torch.float32, device=group.parameters[0].device)
         fused(
             list(group.parameters),
             gradients,

@@ -22,13 +22,15 @@ from trilith.optim.groups import GroupKey, Segment
 class FlatPartition:
     """This rank's part of one unit.
 
-    `parameter` (n,): master weights; `gradient` (n,): their gradient, in any dtype; `segments` cover both.
+    `parameter` (n,): master weights; `gradient` (n,): their gradient, in any dtype; `segments` cover both. `is_swapped`: it
+    comes and goes, with its states; whoever brings them makes those zero that are new.
     """
 
     name: str
     parameter: Tensor
     gradient: Tensor
     segments: tuple[Segment, ...]
+    is_swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Optimizer(ABC):
 
     def __init__(self, partitions: Sequence[FlatPartition]) -> None:
         self.num_steps = 0
-        self.state = tuple({role: torch.zeros_like(p.parameter) for role in self.state_roles} for p in partitions)
-        self._groups = _slice_groups(partitions, self.state)
-        self._device = partitions[0].parameter.device if partitions else torch.device("cpu")
+        self.state = tuple({role: _new_state(p) for role in self.state_roles} for p in partitions)
+        self._partitions = tuple(partitions)
+        self._groups: dict[tuple[int, ...], tuple[SliceGroup, ...]] = {}
 
     @abstractmethod
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
@@ -58,17 +60,32 @@ class Optimizer(ABC):
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Update all slices in place with learning rate `lr`; gradients are divided by `grad_scale` (and may change)."""
-        scale = None
-        if grad_scale != 1.0:
-            scale = torch.full((), grad_scale, dtype=torch.float32, device=self._device)
-        for group in self._groups:
+        self.step_parts(tuple(range(len(self._partitions))), lr, grad_scale)
+        self.end_step()
+
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
+        """A part of a step: update the partitions of these numbers, all on one device. `end_step` ends it."""
+        for group in self.groups_of(parts):
+            scale = None
+            if grad_scale != 1.0:
+                scale = torch.full((), grad_scale, dtype=torch.float32, device=group.parameters[0].device)
             gradients, fused_scale = _prepared(group, grad_scale, scale)
             self._update(group, gradients, lr, fused_scale)
+
+    def end_step(self) -> None:
+        """All partitions are updated."""
         self.num_steps += 1
+
+    def groups_of(self, parts: tuple[int, ...]) -> tuple[SliceGroup, ...]:
+        """The slices of some partitions, by parameter group."""
+        if parts not in self._groups:
+            self._groups[parts] = _slice_groups([self._partitions[i] for i in parts], [self.state[i] for i in parts])
+        return self._groups[parts]
 
     def read_gradients(self, partitions: Sequence[FlatPartition]) -> None:
         """Take gradients from `partitions` from now on; all else must be as in those that the optimizer was made with."""
-        self._groups = _slice_groups(partitions, self.state)
+        self._partitions = tuple(partitions)
+        self._groups.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The scalars of the state, JSON-able; tensors are in `state`, one dict by role for each partition."""
@@ -80,6 +97,10 @@ class Optimizer(ABC):
 
 
 OptimizerFactory = Callable[[Sequence[FlatPartition]], Optimizer]
+
+
+def _new_state(partition: FlatPartition) -> Tensor:
+    return (torch.empty_like if partition.is_swapped else torch.zeros_like)(partition.parameter)
 
 
 def _slice_groups(

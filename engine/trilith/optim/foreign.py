@@ -66,23 +66,33 @@ class ForeignOptimizer(Optimizer):
     def __init__(self, partitions: Sequence[FlatPartition], optimizer: torch.optim.Optimizer) -> None:
         super().__init__(partitions)
         self._optimizer = optimizer
-        self._slices = {group.key: tuple(nn.Parameter(s) for s in group.parameters) for group in self._groups}
+        if any(partition.is_swapped for partition in partitions):
+            raise TrilithError(
+                f"optimizer = {type(optimizer).__name__}: it keeps its states itself, so they cannot live on disk. Use "
+                'zero_optimization.offload_optimizer.device "cpu", or the config section `optimizer`'
+            )
+        self._slices = {
+            (part, group.key): tuple(nn.Parameter(slice_) for slice_ in group.parameters)
+            for part in range(len(partitions))
+            for group in self.groups_of((part,))
+        }
         for i, group in enumerate(optimizer.param_groups):
-            group["params"] = list(self._slices.get((float(i),), ()))
+            group["params"] = [p for (_, key), slices in self._slices.items() if key == (float(i),) for p in slices]
 
-    def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """Update all slices in place; gradients are divided by `grad_scale` first. `lr` is the user's business."""
-        for group in self._groups:
-            gradients = [g.to(p.dtype) for g, p in zip(group.gradients, group.parameters, strict=True)]
-            if grad_scale != 1.0:
-                torch._foreach_div_(gradients, grad_scale)
-            for parameter, gradient in zip(self._slices[group.key], gradients, strict=True):
-                parameter.grad = gradient
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
+        """Update slices in place; gradients are divided by `grad_scale` first. `lr` is the user's business."""
+        stepped: list[nn.Parameter] = []
+        for part in parts:
+            for group in self.groups_of((part,)):
+                gradients = [g.to(p.dtype) for g, p in zip(group.gradients, group.parameters, strict=True)]
+                if grad_scale != 1.0:
+                    torch._foreach_div_(gradients, grad_scale)
+                for parameter, gradient in zip(self._slices[part, group.key], gradients, strict=True):
+                    parameter.grad = gradient
+                    stepped.append(parameter)
         self._optimizer.step()
-        for slices in self._slices.values():
-            for parameter in slices:
-                parameter.grad = None
-        self.num_steps += 1
+        for parameter in stepped:
+            parameter.grad = None
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         raise AssertionError("a foreign optimizer updates all groups at once")

@@ -127,9 +127,7 @@ class Traffic:
     weights: int
 
 
-def traffic(
-    config: Config, schedule: Schedule, gathers: Sequence[GatherPlan], memories: Sequence[RankMemory]
-) -> list[Traffic]:
+def traffic(schedule: Schedule, gathers: Sequence[GatherPlan], memories: Sequence[RankMemory]) -> list[Traffic]:
     """By pipeline rank: 2 x parameters at stages 0 and 1, (m + 1) x at stage 2 with m microbatches, 3 m x at stage 3
     where every use gathers anew."""
     found = []

@@ -33,6 +33,8 @@ from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
 from trilith.zero.flat import DeclaredModule, FlatUnit, buffer_view
 from trilith.zero.gradients import GradientReducer
+from trilith.zero.offload import Disk
+from trilith.zero.placement import Moved
 from trilith.zero.sharded import ShardedModel, Sharding, StageParameters, StateEntry, StepOutcome, bytes_of
 
 Place = tuple[nn.Module, str]  # a module and the name of one of its own parameters
@@ -148,11 +150,12 @@ class DelayedModel(ShardedModel):
         self._window: Window | None = None
         self.bound = self._updated = first
 
-    def _materialise(self, index: int, module: DeclaredModule) -> None:
-        super()._materialise(index, module)
-        for unit in self._units[index]:
-            if not unit.has_master:
-                unit.master = unit.own_weight.clone()
+    def _materialise(self, stages: Mapping[int, DeclaredModule], disk: Disk, moved: Moved) -> None:
+        super()._materialise(stages, disk, moved)
+        for units in self._units.values():
+            for unit in units:
+                if not unit.has_master:
+                    unit.master = unit.own_weight.clone()
 
     def _first_slot(self, module: DeclaredModule) -> Slot:
         """What `ShardedModel` made, and where its parameters belong in the module, under every name they have."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,6 +20,10 @@ from trilith.zero.partition import (
     partition_range,
     partition_segments,
 )
+from trilith.zero.placement import ON_DEVICE, Moved, Placement, Tier
+from trilith.zero.swap import Swapped
+
+HOST = torch.device("cpu")
 
 
 class DeclaredModule(Protocol):
@@ -60,13 +64,16 @@ class Keeping:
     """What a rank keeps of a unit. `rank`: which partition is its own.
 
     `whole_gradient`: over the microbatches of a step, else only its partition. `whole_weight`: always, else between
-    `unshard` and `reshard`. A `frozen` unit has no gradient.
+    `unshard` and `reshard`. A `frozen` unit has no gradient. `placement`: where its parts lie; in host memory they are
+    page-locked if `pinned`.
     """
 
     rank: int
     whole_gradient: bool = True
     whole_weight: bool = True
     frozen: bool = False
+    placement: Placement = ON_DEVICE
+    pinned: bool = False
 
 
 @dataclass
@@ -75,10 +82,12 @@ class FlatUnit:
 
     `weight` (numel,) in the parameter dtype; at stage 3 its storage is empty while the unit is not whole, and `shard`
     (partition,) holds this rank's part. `gradient` in the accumulation dtype: (numel,), or (partition,) where it is
-    reduced after every microbatch. `master` (partition,): the optimizer's weights; where they have the parameter dtype, a
-    view of `weight` or `shard`, unless there are several versions of it.
+    reduced after every microbatch, then beside the states. `master` (partition,): the optimizer's weights; where they have
+    the parameter dtype, a view of `weight` or `shard`, unless there are several versions of it, or they lie elsewhere.
     `parameters`, `weight_views`, `gradient_views` are parallel, in the layout's order. `start`, `stop`: this rank's
-    partition.
+    partition. `optimizer_gradient`: where a whole gradient's part is taken to, if the states lie elsewhere.
+    `states_swap`, `shard_swap`: master and optimizer states, and the shard, while they live on disk. `moved` counts for
+    the whole rank.
     """
 
     stage: int
@@ -94,6 +103,11 @@ class FlatUnit:
     counted: tuple[tuple[int, int], ...]
     has_whole_gradient: bool = True
     shard: Tensor | None = None
+    placement: Placement = ON_DEVICE
+    optimizer_gradient: Tensor | None = None
+    states_swap: Swapped | None = None
+    shard_swap: Swapped | None = None
+    moved: Moved = field(default_factory=Moved)
 
     @property
     def own_gradient(self) -> Tensor:
@@ -113,7 +127,7 @@ class FlatUnit:
     @property
     def has_master(self) -> bool:
         """Whether the master weights are a storage of their own."""
-        return self.master.untyped_storage().data_ptr() != self.own_weight.untyped_storage().data_ptr()
+        return self.master.untyped_storage()._cdata != self.own_weight.untyped_storage()._cdata
 
     @property
     def master_role(self) -> str:
@@ -132,6 +146,16 @@ class FlatUnit:
         """
         self.weight.untyped_storage().resize_(self.whole_bytes)
         return self.weight.data
+
+    def read_shard(self, target: Tensor) -> None:
+        """Copy this rank's part of the weights from host memory or disk to `target` (partition,) on the device."""
+        assert self.shard is not None
+        if self.shard_swap is not None:
+            self.shard_swap.wait()
+        target.copy_(self.shard, non_blocking=True)
+        self.moved.host_to_device += self.shard.numel() * self.shard.element_size()
+        if self.shard_swap is not None:
+            self.shard_swap.drop()
 
     def show(self) -> None:
         """The weights are whole: let the module's parameters be views of them."""
@@ -170,7 +194,9 @@ class FlatUnit:
     def partition(self) -> FlatPartition:
         """What the optimizer sees of this unit."""
         segments = partition_segments(self.layout, self.start, self.stop)
-        return FlatPartition(f"stage{self.stage}/{self.layout.name}", self.master, self.own_gradient, segments)
+        gradient = self.own_gradient if self.optimizer_gradient is None else self.optimizer_gradient
+        is_swapped = self.states_swap is not None
+        return FlatPartition(f"stage{self.stage}/{self.layout.name}", self.master, gradient, segments, is_swapped)
 
     @torch.no_grad()
     def assign(self, offset: int, value: Tensor) -> None:
@@ -209,18 +235,30 @@ def make_unit(
     """
     start, stop = partition_range(layout, keeping.rank)
     weight = torch.empty(layout.numel, dtype=policy.param_dtype, device=device)
-    shard = None if keeping.whole_weight else torch.zeros(stop - start, dtype=policy.param_dtype, device=device)
+    states, weights = keeping.placement.states, keeping.placement.weights
+
+    def own(tier: Tier, dtype: torch.dtype) -> Tensor:
+        where = device if tier is Tier.DEVICE else HOST
+        return torch.zeros(stop - start, dtype=dtype, device=where, pin_memory=keeping.pinned and where is HOST)
+
+    shard = None if keeping.whole_weight else own(weights, policy.param_dtype)
     if keeping.whole_weight:
         weight.zero_()
-    num_gradients = 0 if keeping.frozen else layout.numel if keeping.whole_gradient else stop - start
-    gradient = torch.zeros(num_gradients, dtype=policy.grad_accum_dtype, device=device)
+    if keeping.frozen or keeping.whole_gradient:
+        num_gradients = 0 if keeping.frozen else layout.numel
+        gradient = torch.zeros(num_gradients, dtype=policy.grad_accum_dtype, device=device)
+    else:
+        gradient = own(states, policy.grad_accum_dtype)
     master = weight[start:stop] if shard is None else shard
-    if policy.master_dtype != policy.param_dtype and not keeping.frozen:
-        master = torch.zeros(stop - start, dtype=policy.master_dtype, device=device)
+    is_elsewhere = states is not Tier.DEVICE and not keeping.frozen
+    if (policy.master_dtype != policy.param_dtype or is_elsewhere) and not keeping.frozen:
+        master = own(states, policy.master_dtype)
     views = tuple(buffer_view(weight, place) for place in layout.placed)
     counted = counted_ranges(layout, start, stop)
     unit = FlatUnit(
-        stage, layout, start, stop, weight, gradient, master, (), views, (), counted, keeping.whole_gradient, shard
+        *(stage, layout, start, stop, weight, gradient, master, (), views, (), counted, keeping.whole_gradient, shard),
+        placement=keeping.placement,
+        optimizer_gradient=own(states, policy.grad_accum_dtype) if is_elsewhere and keeping.whole_gradient else None,
     )
     named = dict(module.named_parameters(remove_duplicate=False))
     parameters = []

@@ -21,6 +21,7 @@ from trilith import comm
 from trilith.models.structure import tensors_in
 from trilith.topology import Group
 from trilith.zero.flat import FlatUnit
+from trilith.zero.placement import Tier
 from trilith.zero.residency import GatherLimits, GatherPlan, Use, plan_gathers
 
 
@@ -250,8 +251,11 @@ class Gatherer:
         unit = self._units[number]
         assert unit.shard is not None
         self._whole.add(number)
-        whole = unit.unshard()
-        self._handles[number] = comm.all_gather(whole, unit.shard, self._group, async_op=True)
+        whole, shard = unit.unshard(), unit.shard
+        if unit.placement.weights is not Tier.DEVICE:
+            shard = whole[unit.start : unit.stop]
+            unit.read_shard(shard)
+        self._handles[number] = comm.all_gather(whole, shard, self._group, async_op=True)
         self.num_gathers += 1
         self.gathered_numel += unit.layout.numel
         self.live_bytes += unit.whole_bytes

@@ -90,7 +90,8 @@ class GradientReducer:
         self._converts = policy.param_dtype != policy.grad_accum_dtype
         # Asked of the exchange areas, which are the same on all tensor ranks: all must launch at the same moments.
         exchanges = any(unit.layout.exchange_numel for members in units.values() for unit in members)
-        self._overlaps = overlap and (topology.dp.size > 1 or (topology.tp.size > 1 and exchanges))
+        passes = any(flight.passes for gradients in self._stages.values() for flight in gradients.flights)
+        self._overlaps = overlap and (topology.dp.size > 1 or passes or (topology.tp.size > 1 and exchanges))
         self._hooks: list[RemovableHandle] = []
         self._places: dict[Tensor, tuple[_StageGradients, Flight, int]] = {}
         for gradients in self._stages.values():
@@ -318,11 +319,11 @@ class GradientReducer:
             assert flight.handle is not None
             flight.handle.wait()
             flight.end_exchange()
-        if group.size == 1:
+        if group.size == 1 and not flight.passes:
             return
         payload = flight.hand_over().to(self._policy.reduce_dtype)
         flight.payload = payload
-        if unit.layout.degree == 1:
+        if unit.layout.degree < group.size:
             flight.handle = comm.all_reduce(payload, group, async_op=True)
         else:
             flight.handle = comm.reduce_scatter(payload[unit.start : unit.stop], payload, group, async_op=True)

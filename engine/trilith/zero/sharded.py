@@ -9,7 +9,7 @@ they are used). Rajbhandari et al. 2020 (ZeRO), section 5.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from trilith import comm
+from trilith.failpoints import Failpoints
 from trilith.models.families import declare
-from trilith.optim.base import OptimizerFactory
+from trilith.optim.base import Optimizer, OptimizerFactory
 from trilith.optim.clip import clip_factor
 from trilith.optim.groups import GroupOf, multipliers
 from trilith.optim.make import make_optimizer
@@ -30,6 +31,7 @@ from trilith.sharding import ShardSpec
 from trilith.topology import Group, Topology
 from trilith.zero.flat import DeclaredModule, FlatUnit, move_buffers
 from trilith.zero.gradients import GradientReducer
+from trilith.zero.offload import Disk, Offload
 from trilith.zero.partition import (
     PlacedParameter,
     flat_unit_names,
@@ -37,6 +39,7 @@ from trilith.zero.partition import (
     tied_flat_units,
     with_copies,
 )
+from trilith.zero.placement import Moved
 from trilith.zero.residency import GatherPlan, uses_of
 from trilith.zero.storage import Storage, make_gatherer
 
@@ -165,6 +168,7 @@ class ShardedModel:
         policy: PrecisionPolicy,
         config: Any,
         sharding: Sharding | None = None,
+        failpoints: Failpoints | None = None,
     ) -> None:
         """Allocate buffers on `topology.device` and make every module's parameters views of them.
 
@@ -184,11 +188,12 @@ class ShardedModel:
         self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
         self._places: dict[tuple[int, str], tuple[FlatUnit, PlacedParameter]] = {}
         self._buffer_bytes = 0
-        for index, module in stages.items():
-            self._materialise(index, module)
+        disk, moved = Disk(config, topology.rank, failpoints or Failpoints()), Moved()
+        self._materialise(stages, disk, moved)
         self.units = tuple(unit for units in self._units.values() for unit in units)
         self._unit_index = {name: i for i, name in enumerate(self.sharding.unit_names)}
-        self.optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
+        self.offload = Offload(self.units, zero, disk, moved)
+        self.optimizer = self._make_optimizer()
         self.reducer = self._make_reducer(self._units, zero)
         units_of = {index: (*self._units[index], *self._frozen[index]) for index in stages}
         self.gatherer, self._uses = make_gatherer(stages, units_of, topology.dp, zero)
@@ -196,16 +201,37 @@ class ShardedModel:
         self._stale = self._finished = False
         self._extra_updates = 0  # of the optimizer, beyond one a step
 
-    def _materialise(self, index: int, module: DeclaredModule) -> None:
-        """Buffers of one stage. Frozen parameters have weights only, and a partition only at stage 3."""
-        named = dict(module.named_parameters(remove_duplicate=False))
-        trained = [p for p in module.local_parameters if named[p.name].requires_grad]
-        frozen = [p for p in module.local_parameters if not named[p.name].requires_grad]
-        self._units[index] = self._storage.make_units(index, module, trained)
-        self._frozen[index] = self._storage.make_units(index, module, frozen, is_frozen=True)
-        for unit in (*self._units[index], *self._frozen[index]):
-            self._places.update({(index, place.parameter.name): (unit, place) for place in unit.layout.placed})
-        self._buffer_bytes += move_buffers(module, self.device)
+    def _materialise(self, stages: Mapping[int, DeclaredModule], disk: Disk, moved: Moved) -> None:
+        """Buffers of all stages. Frozen parameters have weights only, and a partition only at stage 3."""
+        planned = []
+        for index, module in stages.items():
+            named = dict(module.named_parameters(remove_duplicate=False))
+            trained = [p for p in module.local_parameters if named[p.name].requires_grad]
+            frozen = [p for p in module.local_parameters if not named[p.name].requires_grad]
+            planned += self._storage.plan_units(index, module, trained)
+            planned += self._storage.plan_units(index, module, frozen, is_frozen=True)
+        made = list(zip(planned, self._storage.make_units(planned, disk, moved), strict=True))
+        for index, module in stages.items():
+            of_stage = [(plan.keeping.frozen, unit) for plan, unit in made if unit.stage == index]
+            self._units[index] = tuple(unit for is_frozen, unit in of_stage if not is_frozen)
+            self._frozen[index] = tuple(unit for is_frozen, unit in of_stage if is_frozen)
+            for _, unit in of_stage:
+                self._places.update({(index, place.parameter.name): (unit, place) for place in unit.layout.placed})
+            self._buffer_bytes += move_buffers(module, self.device)
+
+    def _make_optimizer(self) -> Optimizer:
+        """The optimizer of this rank's partitions; its states join what lives on disk."""
+        swaps = [unit.states_swap for unit in self.units]
+        for swap in swaps:
+            if swap is not None:
+                swap.open_blank()
+        optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
+        for swap, state in zip(swaps, optimizer.state, strict=True):
+            if swap is not None:
+                for role, tensor in state.items():
+                    swap.add(role, tensor)
+                swap.drop()
+        return optimizer
 
     def _keeps_whole(self, flat_unit: str) -> bool:
         """Whether a unit's gradient is whole over the microbatches of a step, where it need not be."""
@@ -230,6 +256,7 @@ class ShardedModel:
         master weights."""
         unit, place = self._places[stage, name]
         assert tuple(value.shape) == place.parameter.shape, (name, value.shape)
+        self.offload.open(unit)
         unit.assign(place.offset, value)
 
     def stage(self, index: int) -> StageParameters:
@@ -264,6 +291,7 @@ class ShardedModel:
 
     def begin_run(self, schedule: Schedule) -> None:
         """At stage 3: follow the gather plan of `schedule`, made at its first run."""
+        self.offload.put_back()
         if self.gatherer is None:
             return
         key = id(schedule)  # which is kept, so that no other can have it
@@ -326,8 +354,20 @@ class ShardedModel:
 
     def update(self, lr: float, factor: float) -> None:
         """Update this rank's partitions with its gradients times `factor`, and the weights on all data ranks."""
-        self.optimizer.step(lr, self.loss_scale / factor if factor else inf)
-        self._publish_weights()
+        scale = self.loss_scale / factor if factor else inf
+        if self.gatherer is not None:
+            self.gatherer.invalidate()
+        self.offload.begin_update()
+        handles: list[comm.Handle] = []
+        for place, members in enumerate(self.offload.groups):
+            self.offload.bring(place)
+            self.optimizer.step_parts(members, lr, scale)
+            handles += self._publish([self.units[index] for index in members])
+            self.offload.take_away(place)
+        self.optimizer.end_step()
+        self.offload.end_update()
+        for handle in handles:
+            handle.wait()
 
     def close_step(self, norm: float) -> StepOutcome:
         """End a step whose norm is known and that was applied: its gradients may be forgotten, the scale adapts.
@@ -346,13 +386,19 @@ class ShardedModel:
         """Bring the updated weights into the modules of all data ranks; at stage 3 they are gathered when needed."""
         if self.gatherer is not None:
             self.gatherer.invalidate()
+        for handle in self._publish(self.units):
+            handle.wait()
+
+    def _publish(self, units: Iterable[FlatUnit]) -> list[comm.Handle]:
+        """Round the master weights of units, and begin to gather those that are always whole."""
         handles = []
-        for unit in self.units:
+        for unit in units:
+            if unit.shard_swap is not None:
+                unit.shard_swap.wait()
             unit.round_master()
             if self._partitioned and not unit.is_sharded:
                 handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, async_op=True))
-        for handle in handles:
-            handle.wait()
+        return handles
 
     # ---- state --------------------------------------------------------------------------------------------------
 
@@ -361,8 +407,9 @@ class ShardedModel:
 
         Role `master` for the optimizer's weights, or `weight` where the module's own have the same bits, and one role
         per state of the optimizer. Offsets in a spec count from the beginning of its tensor. Where several ranks hold the
-        same, replica 0 marks the one that owns it.
+        same, replica 0 marks the one that owns it. What lives on disk is in memory then, until the next run begins.
         """
+        self.offload.open_all()
         entries: list[StateEntry] = []
         for unit, state in zip(self.units, self.optimizer.state, strict=True):
             tensors = {unit.master_role: unit.master, **state}
@@ -437,8 +484,10 @@ class ShardedModel:
     def close(self) -> None:
         """Remove all hooks and gradients; the modules keep their weights, whole. Every data rank must call it."""
         self.reducer.close()
+        self.offload.put_back()
         if self.gatherer is not None:
             self.gatherer.close()
+        self.offload.close()
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
