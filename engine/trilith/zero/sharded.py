@@ -9,7 +9,7 @@ they are used). Rajbhandari et al. 2020 (ZeRO), section 5.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -29,6 +29,7 @@ from trilith.pipeline.action import Schedule
 from trilith.precision import LossScaler, PrecisionPolicy
 from trilith.sharding import ShardSpec
 from trilith.topology import Group, Topology
+from trilith.zero.auto_placement import FirstSteps
 from trilith.zero.flat import DeclaredModule, FlatUnit, move_buffers
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.offload import Disk, Offload
@@ -39,8 +40,9 @@ from trilith.zero.partition import (
     tied_flat_units,
     with_copies,
 )
-from trilith.zero.placement import Moved
+from trilith.zero.placement import Moved, Tier
 from trilith.zero.residency import GatherPlan, uses_of
+from trilith.zero.stage_parameters import StageParameters
 from trilith.zero.storage import Storage, make_gatherer
 
 StateEntry = tuple[str, ShardSpec, Tensor]
@@ -86,78 +88,6 @@ def sharding_of(config: Any) -> Sharding:
     )
 
 
-class StageParameters:
-    """The pipeline executor's view of one stage's parameters (`pipeline.stage.StageParameters`)."""
-
-    def __init__(self, model: ShardedModel, stage: int) -> None:
-        self._model, self._stage = model, stage
-
-    def begin_run(self, schedule: Schedule) -> None:
-        """A run of `schedule` begins: at stage 3 its gather plan does."""
-        self._model.begin_run(schedule)
-
-    def gather(self) -> None:
-        """Begin to gather what comes next; weights are whole on every data rank at stages 0 to 2."""
-        if self._model.gatherer is not None:
-            self._model.gatherer.ahead()
-
-    def release(self) -> None:
-        """Let go of what the plan does not keep."""
-        if self._model.gatherer is not None:
-            self._model.gatherer.release()
-
-    def begin_forward(self, microbatch: int) -> None:
-        """There is one version of the weights, and it is in the module."""
-
-    def begin_backward(self, microbatch: int, final: bool) -> None:
-        """A whole backward of this stage begins; `final`: the last of the step."""
-        self._model.forget_step()
-        self._model.reducer.begin_backward(self._stage, final)
-
-    def end_backward(self, microbatch: int, final: bool) -> None:
-        """It is done."""
-        self._end_gathers()
-        self._model.reducer.end_backward(self._stage, final)
-
-    def begin_input_gradients(self, microbatch: int) -> None:
-        """The first half of a backward begins."""
-        self._model.forget_step()
-        self._model.reducer.begin_input_gradients(self._stage, microbatch)
-
-    def end_input_gradients(self, microbatch: int, weights: Collection[Tensor]) -> None:
-        """It is done; the gradients of `weights` are to come."""
-        self._end_gathers()
-        self._model.reducer.end_input_gradients(self._stage, microbatch, weights)
-
-    def begin_weight_gradients(self, microbatch: int, weights: Sequence[Tensor], final: bool) -> None:
-        """The second half of a backward begins, which brings a gradient for each of `weights`."""
-        self._model.reducer.begin_weight_gradients(self._stage, microbatch, weights, final)
-
-    def end_weight_gradients(self, microbatch: int, final: bool) -> None:
-        """It is done."""
-        self._model.reducer.end_weight_gradients(self._stage, final)
-
-    def _end_gathers(self) -> None:
-        if self._model.gatherer is not None:
-            self._model.gatherer.end_backward()
-
-    def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add a gradient of the second half of a backward."""
-        self._model.reducer.accumulate(weight, gradient)
-
-    def reduce(self, microbatch: int) -> None:
-        """All gradients of this stage are complete: launch the reductions that are left."""
-        self._model.reducer.reduce(self._stage)
-
-    def tie_reduce(self, microbatch: int) -> None:
-        """Sum the gradients of weights that this stage shares with others."""
-        self._model.reducer.tie_reduce(self._stage)
-
-    def update(self, microbatch: int) -> None:
-        """Synchronous schedules step once, after their last action."""
-        raise AssertionError("an optimizer step inside a synchronous schedule")
-
-
 class ShardedModel:
     """Owns what a rank stores of its stages; every rank of the world must make the same calls in the same order."""
 
@@ -198,6 +128,7 @@ class ShardedModel:
         units_of = {index: (*self._units[index], *self._frozen[index]) for index in stages}
         self.gatherer, self._uses = make_gatherer(stages, units_of, topology.dp, zero)
         self._gather_plans: dict[int, tuple[Schedule, GatherPlan]] = {}
+        self._watch = FirstSteps.of(config, self)
         self._stale = self._finished = False
         self._extra_updates = 0  # of the optimizer, beyond one a step
 
@@ -292,6 +223,8 @@ class ShardedModel:
     def begin_run(self, schedule: Schedule) -> None:
         """At stage 3: follow the gather plan of `schedule`, made at its first run."""
         self.offload.put_back()
+        if self._watch is not None and not schedule.is_forward_only:
+            self._watch.begin()
         if self.gatherer is None:
             return
         key = id(schedule)  # which is kept, so that no other can have it
@@ -376,6 +309,8 @@ class ShardedModel:
         """
         scale, skipped = self.loss_scale, self._overflows(norm)
         self._stale, self._finished = True, False
+        if self._watch is not None and self._watch.end():
+            self._watch = None
         self.scaler.update(skipped)
         return StepOutcome(norm, skipped, scale)
 
@@ -394,7 +329,7 @@ class ShardedModel:
         handles = []
         for unit in units:
             if unit.shard_swap is not None:
-                unit.shard_swap.wait()
+                unit.shard_swap.open_blank()
             unit.round_master()
             if self._partitioned and not unit.is_sharded:
                 handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, async_op=True))
@@ -468,18 +403,23 @@ class ShardedModel:
         """Bytes this rank stores, by category: parameters, gradients, optimizer (masters and moments), buffers.
 
         `gather_window`: the most that was there beyond these at one time, of whole weights and whole gradients of units
-        of which the rank keeps its part.
+        of which the rank keeps its part. Categories in host memory and on disk begin with `host_` and `disk_`;
+        `host_swap`: the most that was in host memory at one time of what lives on disk.
         """
-        masters = [unit.master for unit in self.units if unit.has_master]
-        moments = [tensor for state in self.optimizer.state for tensor in state.values()]
-        return {
-            "parameters": bytes_of([unit.weight if unit.shard is None else unit.shard for unit in self._all_units()]),
-            "gradients": bytes_of([unit.gradient for unit in self.units]),
-            "optimizer": bytes_of([*masters, *moments]),
-            "buffers": self._buffer_bytes,
-            "gather_window": self.reducer.pool.peak_bytes + (self.gatherer.peak_bytes if self.gatherer else 0),
-            **self.kept_bytes,
-        }
+        found = {"parameters": 0, "gradients": 0, "optimizer": 0, "buffers": self._buffer_bytes}
+        for unit in self._all_units():
+            add_bytes(found, unit.placement.weights, "parameters", [unit.weight if unit.shard is None else unit.shard])
+        for unit, state in zip(self.units, self.optimizer.state, strict=True):
+            states = unit.placement.states
+            passes = Tier.DEVICE if unit.has_whole_gradient or states is Tier.DEVICE else Tier.HOST
+            add_bytes(found, passes, "gradients", [unit.gradient])
+            if unit.optimizer_gradient is not None:
+                add_bytes(found, Tier.HOST, "gradients", [unit.optimizer_gradient])
+            add_bytes(found, states, "optimizer", [*([unit.master] if unit.has_master else []), *state.values()])
+        if self.offload.peak_host_bytes:
+            found["host_swap"] = self.offload.peak_host_bytes
+        found["gather_window"] = self.reducer.pool.peak_bytes + (self.gatherer.peak_bytes if self.gatherer else 0)
+        return {**found, **self.kept_bytes}
 
     def close(self) -> None:
         """Remove all hooks and gradients; the modules keep their weights, whole. Every data rank must call it."""
@@ -488,6 +428,12 @@ class ShardedModel:
         if self.gatherer is not None:
             self.gatherer.close()
         self.offload.close()
+
+
+def add_bytes(found: dict[str, int], tier: Tier, category: str, tensors: Sequence[Tensor]) -> None:
+    """Count tensors under the category of a tier."""
+    name = {Tier.DEVICE: category, Tier.HOST: f"host_{category}", Tier.DISK: f"disk_{category}"}[tier]
+    found[name] = found.get(name, 0) + bytes_of(tensors)
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
