@@ -98,7 +98,7 @@ def _own_directory(value: Any) -> Any:
 
 
 def _spelling(value: Any) -> Any:
-    known = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
+    known = {name.lower(): name for name in ("Adam", "AdamW", "SGD", "Lion", "Adagrad")}
     return known.get(value.lower(), value) if isinstance(value, str) else value
 
 
@@ -360,8 +360,8 @@ TABLE: tuple[Key, ...] = (
 # (section, type in lower case, why, instead)
 REFUSED_TYPES: tuple[tuple[str, str, str, str], ...] = (
     *(
-        ("optimizer", name.lower(), f"{name} is not built yet", "Use AdamW, Adam or SGD.")
-        for name in ("Lion", "Adagrad", "Lamb", "Muon")
+        ("optimizer", name.lower(), f"{name} is not built yet", "Use AdamW, Adam, Lion, Adagrad or SGD.")
+        for name in ("Lamb", "Muon")
     ),
     *(
         ("optimizer", name.lower(), f"{name} compresses gradients and is not supported", f"Use {instead}.")

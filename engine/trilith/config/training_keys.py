@@ -17,6 +17,7 @@ from trilith.config.base import (
     CountOrZero,
     Fraction,
     NotNegative,
+    Positive,
     Power,
     Text,
     key,
@@ -34,6 +35,7 @@ def _is_pattern(value: str) -> str:
     return value
 
 
+_LR = "Learning rate. auto: scheduler.params.warmup_max_lr if that is given, else 1e-3."
 Pattern = Annotated[Text, AfterValidator(_is_pattern)]
 
 
@@ -53,7 +55,7 @@ class ParamGroup(ConfigModel):
 class AdamWParams(ConfigModel):
     """Parameters of AdamW."""
 
-    lr: Auto[NotNegative] = key(..., "Learning rate. auto: scheduler.params.warmup_max_lr if that is given, else 1e-3.")
+    lr: Auto[NotNegative] = key(..., _LR)
     betas: Auto[tuple[BelowOne, BelowOne]] = key(
         (0.9, 0.999), "Decay rates of the two moments. auto: [0.9, 0.999].", "0 to below 1"
     )
@@ -76,13 +78,37 @@ class AdamParams(AdamWParams):
 class SGDParams(ConfigModel):
     """Parameters of SGD."""
 
-    lr: Auto[NotNegative] = key(..., "Learning rate. auto: scheduler.params.warmup_max_lr if that is given, else 1e-3.")
+    lr: Auto[NotNegative] = key(..., _LR)
     momentum: BelowOne = key(0.0, "Factor of the running sum of gradients.", "0 to below 1")
     dampening: Fraction = key(0.0, "The gradient enters the running sum times 1 - dampening.", "0 to 1")
     nesterov: Bool = key(False, "Nesterov momentum; needs momentum above 0 and dampening 0.")
     weight_decay: Auto[NotNegative] = key(
         0.0, "Weight decay, added to the gradient; not applied to norms and biases. auto: 0."
     )
+
+
+class LionParams(ConfigModel):
+    """Parameters of Lion."""
+
+    lr: Auto[NotNegative] = key(..., _LR)
+    betas: tuple[BelowOne, BelowOne] = key(
+        (0.9, 0.99), "Weight of the momentum in the step's direction, and its decay rate.", "0 to below 1"
+    )
+    weight_decay: Auto[NotNegative] = key(
+        0.0, "Weight decay; not applied to norms and biases unless a param_group says so. auto: 0."
+    )
+
+
+class AdagradParams(ConfigModel):
+    """Parameters of Adagrad."""
+
+    lr: Auto[NotNegative] = key(..., _LR)
+    eps: Positive = key(1e-10, "Added to the root of the sum of squares.")
+    weight_decay: Auto[NotNegative] = key(
+        0.0, "Weight decay, added to the gradient; not applied to norms and biases. auto: 0."
+    )
+    lr_decay: NotNegative = key(0.0, "The learning rate of step t = 0, 1, ... is divided by 1 + t * lr_decay.")
+    initial_accumulator_value: NotNegative = key(0.0, "Where the sum of squares starts.")
 
 
 class AdamWConfig(ConfigModel):
@@ -124,7 +150,25 @@ class SGDConfig(ConfigModel):
         return False
 
 
-OptimizerConfig = Annotated[AdamWConfig | AdamConfig | SGDConfig, Field(discriminator="type")]
+class LionConfig(ConfigModel):
+    """Lion (Chen et al. 2023): steps by the sign of the momentum, with decoupled weight decay."""
+
+    type: Literal["Lion"] = key(..., "Kind of optimizer.")
+    params: LionParams = key(..., "Parameters of the optimizer.")
+    param_groups: tuple[ParamGroup, ...] = key((), "Multipliers by name pattern.")
+
+
+class AdagradConfig(ConfigModel):
+    """Adagrad (Duchi et al. 2011), as torch.optim.Adagrad."""
+
+    type: Literal["Adagrad"] = key(..., "Kind of optimizer.")
+    params: AdagradParams = key(..., "Parameters of the optimizer.")
+    param_groups: tuple[ParamGroup, ...] = key((), "Multipliers by name pattern.")
+
+
+OptimizerConfig = Annotated[
+    AdamWConfig | AdamConfig | SGDConfig | LionConfig | AdagradConfig, Field(discriminator="type")
+]
 
 WarmupType = Literal["log", "linear"]
 _WARMUP_STEPS = "Steps of the warm-up. auto: a tenth of training.steps, at most 1000."

@@ -1,14 +1,14 @@
-"""What every optimizer here is: elementwise updates over flat partitions, one fused call per parameter group.
+"""What every optimizer here is: updates over flat partitions, elementwise in one fused call per parameter group.
 
-An optimizer never sees a module or a parameter's name. ZeRO hands it, per unit, the part of the flat master weights
-that this rank owns, the gradient beside it, and which runs of elements share multipliers; the state it keeps has the same
-shape, so that it is partitioned, saved and resharded like the weights.
+An optimizer never sees a module. ZeRO hands it, per unit, the part of the flat master weights that this rank owns, the
+gradient beside it, and which runs of elements share multipliers; the state it keeps has the same shape, so that it is
+partitioned, saved and resharded like the weights.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from trilith.optim.groups import GroupKey, Segment
+
+_BATCH_NUMEL = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,13 @@ class SliceGroup:
 
 
 class Optimizer(ABC):
-    """Elementwise optimizer over flat partitions; children name their state tensors and update one group at a time."""
+    """Elementwise optimizer over flat partitions; children name their state tensors and update one group at a time.
+
+    `scales_by_itself`: whether `_update` divides by `grad_scale`, so that it need not be done before, in another pass.
+    """
 
     state_roles: tuple[str, ...] = ()
+    scales_by_itself = True
 
     def __init__(self, partitions: Sequence[FlatPartition]) -> None:
         self.num_steps = 0
@@ -62,8 +68,8 @@ class Optimizer(ABC):
         if grad_scale != 1.0:
             scale = torch.full((), grad_scale, dtype=torch.float32, device=self._device)
         for group in self._groups:
-            gradients, fused_scale = _prepared(group, grad_scale, scale)
-            self._update(group, gradients, lr, fused_scale)
+            gradients, left = _prepared(group, grad_scale, scale if self.scales_by_itself else None)
+            self._update(group, gradients, lr, left)
         self.num_steps += 1
 
     def read_gradients(self, partitions: Sequence[FlatPartition]) -> None:
@@ -104,11 +110,25 @@ def _slice_groups(
 def _prepared(group: SliceGroup, grad_scale: float, scale: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     """Gradients in the master dtype, and the scale that is left for the fused call.
 
-    The fused kernels take an fp32 scale, which would cost float64 its exactness: there the scale is applied here.
+    The fused kernels take an fp32 scale, which would cost float64 its exactness: there, and where `scale` is None, it is
+    applied here. Gradients change only where there is a scale.
     """
     master = group.parameters[0].dtype
     gradients = [g if g.dtype == master else g.to(master) for g in group.gradients]
-    if scale is None or master != torch.float64:
+    if scale is not None and master != torch.float64:
         return gradients, scale
-    torch._foreach_div_(gradients, grad_scale)
+    if grad_scale != 1.0:
+        torch._foreach_div_(gradients, grad_scale)
     return gradients, None
+
+
+def batches(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Parallel lists of tensors cut into runs, so that what is computed on the way never takes much memory at once."""
+    start = numel = 0
+    for stop, tensor in enumerate(lists[0]):
+        if numel and numel + tensor.numel() > _BATCH_NUMEL:
+            yield tuple(list(tensors[start:stop]) for tensors in lists)
+            start, numel = stop, 0
+        numel += tensor.numel()
+    if numel:
+        yield tuple(list(tensors[start:]) for tensors in lists)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trilith.optim.adagrad import Adagrad, AdagradOptions
 from trilith.optim.adamw import Adam, AdamOptions
 from trilith.optim.base import FlatPartition, Optimizer, OptimizerFactory
+from trilith.optim.lion import Lion, LionOptions
 from trilith.optim.sgd import SGD, SGDOptions
 
 
@@ -19,6 +21,12 @@ def make_optimizer(config: Any) -> OptimizerFactory:
     if config.type == "SGD":
         sgd = SGDOptions(params.momentum, params.dampening, params.nesterov, params.weight_decay)
         return lambda partitions: SGD(partitions, sgd)
+    if config.type == "Lion":
+        lion = LionOptions((params.betas[0], params.betas[1]), params.weight_decay)
+        return lambda partitions: Lion(partitions, lion)
+    if config.type == "Adagrad":
+        adagrad = AdagradOptions(params.eps, params.weight_decay, params.lr_decay, params.initial_accumulator_value)
+        return lambda partitions: Adagrad(partitions, adagrad)
     options = AdamOptions(
         betas=(params.betas[0], params.betas[1]),
         eps=params.eps,
