@@ -134,7 +134,7 @@ def test_sgd(options: SGDOptions, scale: float) -> None:
 @pytest.mark.parametrize("scale", [1.0, 3.7])
 @pytest.mark.parametrize("batch_numel", [1, 30, 1 << 24])
 def test_lion_and_adagrad(batch_numel: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_BATCH_NUMEL", batch_numel)
+    monkeypatch.setattr(base, "BATCH_NUMEL", batch_numel)
     lion = LionOptions((0.8, 0.95), 0.3)
     adagrad = AdagradOptions(eps=1e-6, weight_decay=0.3, lr_decay=0.1, initial_accumulator_value=0.2)
     for dtype, grad_dtype, limit in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from trilith.config.base import (
@@ -49,6 +49,15 @@ class ParamGroup(ConfigModel):
     lr_mult: NotNegative = key(1.0, "Factor on the learning rate.")
     weight_decay_mult: NotNegative | None = key(
         None, "Factor on the weight decay; null: 1, but 0 for norms and biases, as without a group."
+    )
+
+
+class MuonParamGroup(ParamGroup):
+    """Multipliers for the tensors whose name a pattern finds, and whether they are orthogonalised."""
+
+    muon: Bool | None = key(
+        None,
+        "true: Muon for a matrix, false: AdamW; null: Muon unless it is an embedding or the output projection.",
     )
 
 
@@ -111,6 +120,56 @@ class AdagradParams(ConfigModel):
     initial_accumulator_value: NotNegative = key(0.0, "Where the sum of squares starts.")
 
 
+class LambParams(ConfigModel):
+    """Parameters of LAMB."""
+
+    lr: Auto[NotNegative] = key(..., _LR)
+    betas: Auto[tuple[BelowOne, BelowOne]] = key(
+        (0.9, 0.999), "Decay rates of the two moments. auto: [0.9, 0.999].", "0 to below 1"
+    )
+    eps: Auto[Positive] = key(1e-8, "Added to the root of the second moment. auto: 1e-8.")
+    weight_decay: Auto[NotNegative] = key(
+        0.0, "Weight decay; not applied to norms and biases unless a param_group says so. auto: 0."
+    )
+    bias_correction: Bool = key(True, "Correct the size of a step for the start of the moments at zero.")
+    max_coeff: Positive = key(10.0, "Upper bound of the norm of a tensor over that of its step.")
+    min_coeff: NotNegative = key(0.01, "Lower bound of that ratio; at most max_coeff.")
+    eps_inside_sqrt: Bool = key(False, "Add eps to the second moment, before the root is taken.")
+    always_adapt: Bool = key(
+        True, "Scale the steps of tensors without weight decay too, as DeepSpeed; false: their ratio is 1."
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> LambParams:
+        if self.min_coeff > self.max_coeff:
+            raise PydanticCustomError("bounds", "must have min_coeff at most max_coeff")
+        return self
+
+
+class MuonParams(ConfigModel):
+    """Parameters of Muon, and of the AdamW that steps what is no hidden matrix."""
+
+    lr: Auto[Positive] = key(..., _LR)
+    muon_lr: NotNegative | None = key(None, "Learning rate of hidden matrices; scheduled like lr. null: lr.")
+    adam_lr: NotNegative | None = key(None, "Learning rate of everything else; scheduled like lr. null: lr.")
+    momentum: BelowOne = key(0.95, "Decay rate of the momentum of matrices.", "0 to below 1")
+    nesterov: Bool = key(True, "Look ahead: mix the gradient into the momentum once more.")
+    weight_decay: Auto[NotNegative] = key(
+        0.0, "Decoupled weight decay of both; not applied to norms and biases unless a param_group says so. auto: 0."
+    )
+    ns_steps: Count = key(5, "Newton-Schulz iterations.", "iterations")
+    ns_dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "What a matrix is orthogonalised in; fp64 where the weights are fp64. bf16 is faster on a GPU."
+    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = key(
+        "original",
+        "Factor on a matrix's step. original: sqrt(max(1, rows / columns)); match_rms_adamw: 0.2 sqrt(max(rows, columns)), "
+        "so that lr and weight_decay of AdamW fit.",
+    )
+    betas: tuple[BelowOne, BelowOne] = key((0.9, 0.95), "AdamW: decay rates of the two moments.", "0 to below 1")
+    eps: Positive = key(1e-10, "AdamW: added to the root of the second moment.")
+
+
 class AdamWConfig(ConfigModel):
     """AdamW (Loshchilov & Hutter 2019): decoupled weight decay."""
 
@@ -166,8 +225,25 @@ class AdagradConfig(ConfigModel):
     param_groups: tuple[ParamGroup, ...] = key((), "Multipliers by name pattern.")
 
 
+class LambConfig(ConfigModel):
+    """LAMB (You et al. 2020), in the form of DeepSpeed: Adam's step, scaled to the norm of each tensor."""
+
+    type: Literal["Lamb"] = key(..., "Kind of optimizer.")
+    params: LambParams = key(..., "Parameters of the optimizer.")
+    param_groups: tuple[ParamGroup, ...] = key((), "Multipliers by name pattern.")
+
+
+class MuonConfig(ConfigModel):
+    """Muon (Jordan et al. 2024) for matrices inside the model, AdamW for everything else."""
+
+    type: Literal["Muon"] = key(..., "Kind of optimizer.")
+    params: MuonParams = key(..., "Parameters of the optimizer.")
+    param_groups: tuple[MuonParamGroup, ...] = key((), "Multipliers by name pattern.")
+
+
 OptimizerConfig = Annotated[
-    AdamWConfig | AdamConfig | SGDConfig | LionConfig | AdagradConfig, Field(discriminator="type")
+    AdamWConfig | AdamConfig | SGDConfig | LionConfig | AdagradConfig | LambConfig | MuonConfig,
+    Field(discriminator="type"),
 ]
 
 WarmupType = Literal["log", "linear"]

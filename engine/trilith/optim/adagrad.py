@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilith.optim.base import FlatPartition, Optimizer, SliceGroup, batches
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, batches
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class AdagradOptions:
     initial_accumulator_value: float = 0.0
 
 
-class Adagrad(Optimizer):
+class Adagrad(ElementwiseOptimizer):
     """Adagrad. State: `sum`, of squared gradients, in the master dtype."""
 
     state_roles = ("sum",)

@@ -8,7 +8,7 @@ partitioned, saved and resharded like the weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +16,25 @@ import torch
 from torch import Tensor
 
 from trilith.optim.groups import GroupKey, Segment
+from trilith.sharding import ShardSpec
 
-_BATCH_NUMEL = 1 << 24
+BATCH_NUMEL = 1 << 24
 
 
 @dataclass(frozen=True)
 class FlatPartition:
     """This rank's part of one unit.
 
-    `parameter` (n,): master weights; `gradient` (n,): their gradient, in any dtype; `segments` cover both.
+    `parameter` (n,): master weights; `gradient` (n,): their gradient, in any dtype; `segments` cover both. `tensors`, for
+    optimizers that need them whole: what lies here of each canonical tensor, offsets counted from the part's beginning;
+    the same tensors in the same order on all tensor ranks.
     """
 
     name: str
     parameter: Tensor
     gradient: Tensor
     segments: tuple[Segment, ...]
+    tensors: tuple[ShardSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,37 +48,37 @@ class SliceGroup:
 
 
 class Optimizer(ABC):
-    """Elementwise optimizer over flat partitions; children name their state tensors and update one group at a time.
+    """An optimizer over flat partitions; children name their state tensors.
 
-    `scales_by_itself`: whether `_update` divides by `grad_scale`, so that it need not be done before, in another pass.
+    `state`: by partition one tensor for each role, beginning where the partition does. `needs_whole_tensors`: whether each
+    parameter must lie whole in one partition, and partitions must say which `tensors` they hold.
     """
 
     state_roles: tuple[str, ...] = ()
-    scales_by_itself = True
+    needs_whole_tensors = False
 
     def __init__(self, partitions: Sequence[FlatPartition]) -> None:
         self.num_steps = 0
-        self.state = tuple({role: torch.zeros_like(p.parameter) for role in self.state_roles} for p in partitions)
-        self._groups = _slice_groups(partitions, self.state)
+        self.state = tuple(self._new_state(partition) for partition in partitions)
         self._device = partitions[0].parameter.device if partitions else torch.device("cpu")
 
+    def _new_state(self, partition: FlatPartition) -> dict[str, Tensor]:
+        return {role: torch.zeros_like(partition.parameter) for role in self.state_roles}
+
     @abstractmethod
-    def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
-        """Update one group in place; `grad_scale` (fp32 scalar) divides the gradients first."""
-
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """Update all slices in place with learning rate `lr`; gradients are divided by `grad_scale` (and may change)."""
-        scale = None
-        if grad_scale != 1.0:
-            scale = torch.full((), grad_scale, dtype=torch.float32, device=self._device)
-        for group in self._groups:
-            gradients, left = _prepared(group, grad_scale, scale if self.scales_by_itself else None)
-            self._update(group, gradients, lr, left)
-        self.num_steps += 1
+        """Update everything in place with learning rate `lr`; gradients are divided by `grad_scale` first.
 
+        They change only where `grad_scale` is not 1.
+        """
+
+    @abstractmethod
     def read_gradients(self, partitions: Sequence[FlatPartition]) -> None:
         """Take gradients from `partitions` from now on; all else must be as in those that the optimizer was made with."""
-        self._groups = _slice_groups(partitions, self.state)
+
+    def keeps(self, role: str, name: str) -> bool:
+        """Whether the state `role` has a meaning for the canonical tensor `name`; a checkpoint leaves out what has none."""
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """The scalars of the state, JSON-able; tensors are in `state`, one dict by role for each partition."""
@@ -83,6 +87,40 @@ class Optimizer(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`; the tensors are filled in place by whoever loads them."""
         self.num_steps = int(state["num_steps"])
+
+
+class ElementwiseOptimizer(Optimizer):
+    """Updates each element for itself, so that any cut of the parameters gives the same result: one group at a time.
+
+    `scales_by_itself`: whether `_update` divides by `grad_scale`, so that it need not be done before, in another pass.
+    """
+
+    scales_by_itself = True
+
+    def __init__(self, partitions: Sequence[FlatPartition]) -> None:
+        super().__init__(partitions)
+        self._groups = _slice_groups(partitions, self.state)
+
+    @abstractmethod
+    def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
+        """Update one group in place; `grad_scale` (fp32 scalar) divides the gradients first."""
+
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
+        """Update all slices in place, group by group."""
+        scale = None
+        if grad_scale != 1.0 and self.scales_by_itself:
+            scale = torch.full((), grad_scale, dtype=torch.float32, device=self._device)
+        for group in self._groups:
+            master = group.parameters[0].dtype
+            # The fused kernels take an fp32 scale, which would cost float64 its exactness.
+            is_left = scale is not None and master != torch.float64
+            gradients = unscaled(group.gradients, master, 1.0 if is_left else grad_scale)
+            self._update(group, gradients, lr, scale if is_left else None)
+        self.num_steps += 1
+
+    def read_gradients(self, partitions: Sequence[FlatPartition]) -> None:
+        """Take gradients from `partitions` from now on; all else must be as in those that the optimizer was made with."""
+        self._groups = _slice_groups(partitions, self.state)
 
 
 OptimizerFactory = Callable[[Sequence[FlatPartition]], Optimizer]
@@ -107,28 +145,27 @@ def _slice_groups(
     return tuple(groups)
 
 
-def _prepared(group: SliceGroup, grad_scale: float, scale: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients in the master dtype, and the scale that is left for the fused call.
+def unscaled(gradients: Sequence[Tensor], master: torch.dtype, grad_scale: float) -> list[Tensor]:
+    """Gradients in the `master` dtype divided by `grad_scale`: in place where they have it, which 1 leaves as they are."""
+    converted = [g if g.dtype == master else g.to(master) for g in gradients]
+    if grad_scale != 1.0 and converted:
+        torch._foreach_div_(converted, grad_scale)
+    return converted
 
-    The fused kernels take an fp32 scale, which would cost float64 its exactness: there, and where `scale` is None, it is
-    applied here. Gradients change only where there is a scale.
-    """
-    master = group.parameters[0].dtype
-    gradients = [g if g.dtype == master else g.to(master) for g in group.gradients]
-    if scale is not None and master != torch.float64:
-        return gradients, scale
-    if grad_scale != 1.0:
-        torch._foreach_div_(gradients, grad_scale)
-    return gradients, None
+
+def runs(numels: Iterable[int]) -> Iterator[slice]:
+    """Cuts a list of tensors of so many elements into runs that are not large together (one tensor may be)."""
+    start = stop = numel = 0
+    for size in numels:
+        if numel and numel + size > BATCH_NUMEL:
+            yield slice(start, stop)
+            start, numel = stop, 0
+        stop, numel = stop + 1, numel + size
+    if numel:
+        yield slice(start, stop)
 
 
 def batches(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """Parallel lists of tensors cut into runs, so that what is computed on the way never takes much memory at once."""
-    start = numel = 0
-    for stop, tensor in enumerate(lists[0]):
-        if numel and numel + tensor.numel() > _BATCH_NUMEL:
-            yield tuple(list(tensors[start:stop]) for tensors in lists)
-            start, numel = stop, 0
-        numel += tensor.numel()
-    if numel:
-        yield tuple(list(tensors[start:]) for tensors in lists)
+    for run in runs(tensor.numel() for tensor in lists[0]):
+        yield tuple(list(tensors[run]) for tensors in lists)

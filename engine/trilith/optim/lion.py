@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilith.optim.base import FlatPartition, Optimizer, SliceGroup, batches
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, batches
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class LionOptions:
     weight_decay: float = 0.0
 
 
-class Lion(Optimizer):
+class Lion(ElementwiseOptimizer):
     """Lion. State: `exp_avg`, in the master dtype."""
 
     state_roles = ("exp_avg",)
