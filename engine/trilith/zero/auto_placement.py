@@ -79,7 +79,7 @@ class FirstSteps:
         after = settle(before, states, weights, max(room, 0), self._zero)
         for index, placement in enumerate(after):
             self._move(index, placement)
-        model.optimizer.read_gradients([unit.partition() for unit in model.units])
+        model.optimizer.rebind(model.partitions())
         model.offload.regroup()
         LOGGER.info("%s", describe(model, int(peak), self._limit_bytes))
 

@@ -251,7 +251,7 @@ class DelayedModel(ShardedModel):
         """Let what follows read and write a slot's buffers."""
         self._updated, self.units, self.reducer = slot, slot.units, slot.reducer
         if not self.stashes:
-            self.optimizer.read_gradients(slot.partitions)
+            self.optimizer.rebind(slot.partitions)
 
     def update_after(self, microbatch: int) -> None:
         """One optimizer step with the gradients of a microbatch (`pipedream`); every rank of the stage must call it.
@@ -314,7 +314,7 @@ class DelayedModel(ShardedModel):
         """As `ShardedModel.after_load`; the module gets the newest weights."""
         super().after_load()
         for unit in self._previous.units if self._previous and self._partitioned else ():
-            comm.all_gather(unit.weight, unit.own_weight, self.topology.dp).wait()
+            comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, unit.layout.uneven_sizes).wait()
 
     def _other_units(self) -> list[FlatUnit]:
         """Those of the versions that are not in `units`."""

@@ -268,7 +268,7 @@ class Gatherer:
         if unit.placement.weights is not Tier.DEVICE:
             shard = whole[unit.start : unit.stop]
             unit.read_shard(shard)
-        self._handles[number] = comm.all_gather(whole, shard, self._group, async_op=True)
+        self._handles[number] = comm.all_gather(whole, shard, self._group, unit.layout.uneven_sizes, async_op=True)
         self.num_gathers += 1
         self.gathered_numel += unit.layout.numel
         self.live_bytes += unit.whole_bytes

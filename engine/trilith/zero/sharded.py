@@ -21,10 +21,10 @@ from torch import Tensor
 from trilith import comm
 from trilith.failpoints import Failpoints
 from trilith.models.families import declare
-from trilith.optim.base import Optimizer, OptimizerFactory
+from trilith.optim.base import FlatPartition, Optimizer, OptimizerFactory
 from trilith.optim.clip import clip_factor
 from trilith.optim.groups import GroupOf, multipliers
-from trilith.optim.make import make_optimizer
+from trilith.optim.make import make_optimizer, needs_whole_tensors
 from trilith.pipeline.action import Schedule
 from trilith.precision import LossScaler, PrecisionPolicy
 from trilith.sharding import ShardSpec
@@ -33,6 +33,7 @@ from trilith.zero.auto_placement import FirstSteps
 from trilith.zero.flat import DeclaredModule, FlatUnit, move_buffers
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.offload import Disk, Offload
+from trilith.zero.owners import Owners
 from trilith.zero.partition import (
     PlacedParameter,
     flat_unit_names,
@@ -55,7 +56,7 @@ class Sharding:
     `unit_names`: every flat unit of the model, in one order for all ranks and layouts; the norm is summed in it.
     `tied_units`: those that two stages hold. `group_of`: a tensor's parameter group. `whole_gradients`: the flat units
     whose gradients stay whole over the microbatches of a step, also at stages 2 and 3; None: as `reduce_interval` says,
-    and all of them where it is "auto".
+    and all of them where it is "auto". `whole_tensors`: the optimizer needs every parameter whole in one partition.
     """
 
     unit_names: tuple[str, ...]
@@ -63,6 +64,7 @@ class Sharding:
     group_of: GroupOf
     make_optimizer: OptimizerFactory
     whole_gradients: frozenset[str] | None = None
+    whole_tensors: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,15 @@ class StepOutcome:
     loss_scale: float
 
 
-def sharding_of(config: Any) -> Sharding:
-    """The Sharding of a resolved Config with a `model` section."""
+def sharding_of(config: Any, tp: Group) -> Sharding:
+    """The Sharding of a resolved Config with a `model` section; `tp` is the tensor-parallel group."""
     units = declare(config.model)
     return Sharding(
         unit_names=flat_unit_names(units),
         tied_units=tied_flat_units(units),
         group_of=multipliers(config.optimizer.param_groups),
-        make_optimizer=make_optimizer(config.optimizer),
+        make_optimizer=make_optimizer(config.optimizer, tp),
+        whole_tensors=needs_whole_tensors(config.optimizer),
     )
 
 
@@ -107,13 +110,16 @@ class ShardedModel:
         """
         zero = config.zero_optimization
         self.topology, self.policy, self.device = topology, policy, topology.device
-        self.sharding = sharding or sharding_of(config)
+        self.sharding = sharding or sharding_of(config, topology.tp)
         self.scaler = LossScaler.from_config(config)
         self.max_norm = config.gradient_clipping
         self.kept_bytes: dict[str, int] = {}  # what others keep beside this model, by category
         self._partitioned = zero.stage >= 1 and topology.dp.size > 1
         self._reduces_late = zero.reduce_interval != "microbatch"
-        self._storage = Storage(zero, topology, policy, self.sharding.group_of, self._keeps_whole)
+        owners = None
+        if self._partitioned and self.sharding.whole_tensors:
+            owners = Owners(topology.dp.size, self.sharding.tied_units)
+        self._storage = Storage(zero, topology, policy, self.sharding.group_of, self._keeps_whole, owners)
         self._units: dict[int, tuple[FlatUnit, ...]] = {}
         self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
         self._places: dict[tuple[int, str], tuple[FlatUnit, PlacedParameter]] = {}
@@ -156,13 +162,17 @@ class ShardedModel:
         for swap in swaps:
             if swap is not None:
                 swap.open_blank()
-        optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
+        optimizer = self.sharding.make_optimizer(self.partitions())
         for swap, state in zip(swaps, optimizer.state, strict=True):
             if swap is not None:
                 for role, tensor in state.items():
                     swap.add(role, tensor)
                 swap.drop()
         return optimizer
+
+    def partitions(self) -> list[FlatPartition]:
+        """What the optimizer sees."""
+        return [unit.partition(self.sharding.whole_tensors) for unit in self.units]
 
     def _keeps_whole(self, flat_unit: str) -> bool:
         """Whether a unit's gradient is whole over the microbatches of a step, where it need not be."""
@@ -332,7 +342,8 @@ class ShardedModel:
                 unit.shard_swap.open_blank()
             unit.round_master()
             if self._partitioned and not unit.is_sharded:
-                handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, async_op=True))
+                sizes = unit.layout.uneven_sizes
+                handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, sizes, async_op=True))
         return handles
 
     # ---- state --------------------------------------------------------------------------------------------------
@@ -349,7 +360,7 @@ class ShardedModel:
         for unit, state in zip(self.units, self.optimizer.state, strict=True):
             tensors = {unit.master_role: unit.master, **state}
             for role, tensor in tensors.items():
-                entries.extend(self._entries(unit, role, tensor))
+                entries.extend(e for e in self._entries(unit, role, tensor) if self.optimizer.keeps(role, e[1].name))
         for units in self._frozen.values():
             for unit in units:
                 entries.extend(self._entries(unit, "weight", unit.own_weight))
