@@ -18,7 +18,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import statistics
 import sys
 import tempfile
 import time

@@ -7,7 +7,7 @@ a step with this rank's microbatches: accumulation, clipping to norm 1, AdamW wi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
