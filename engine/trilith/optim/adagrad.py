@@ -22,7 +22,7 @@ class AdagradOptions:
 
 
 class Adagrad(ElementwiseOptimizer):
-    """Adagrad. State: `sum`, of squared gradients, in the master dtype."""
+    """Adagrad. State: `sum`, of squared gradients without what it starts from, in the master dtype."""
 
     state_roles = ("sum",)
     scales_by_itself = False
@@ -30,8 +30,6 @@ class Adagrad(ElementwiseOptimizer):
     def __init__(self, partitions: Sequence[FlatPartition], options: AdagradOptions) -> None:
         super().__init__(partitions)
         self.options = options
-        for state in self.state:
-            state["sum"].fill_(options.initial_accumulator_value)
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         lr_mult, decay_mult = group.key
@@ -41,6 +39,7 @@ class Adagrad(ElementwiseOptimizer):
         for weights, slopes, sums in batches(group.parameters, gradients, group.states["sum"]):
             decayed = torch._foreach_add(slopes, weights, alpha=decay) if decay else slopes
             torch._foreach_addcmul_(sums, decayed, decayed)
-            roots = torch._foreach_sqrt(sums)
+            roots = torch._foreach_add(sums, options.initial_accumulator_value)
+            torch._foreach_sqrt_(roots)
             torch._foreach_add_(roots, options.eps)
             torch._foreach_addcdiv_(weights, decayed, roots, -step_size)

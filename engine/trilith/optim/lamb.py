@@ -18,10 +18,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from trilith import comm
 from trilith.optim.base import FlatPartition, Optimizer, unscaled
 from trilith.optim.clip import sum_of_squares
-from trilith.optim.whole import ALONE, runs_of, views, whole_tensors
+from trilith.optim.whole import ALONE, runs_of, sum_over, views, whole_tensors
 from trilith.topology import Group
 
 
@@ -78,7 +77,7 @@ class Lamb(Optimizer):
                 ranges = self._tensors[i].counted_ranges
                 squares[0, i] = sum_of_squares(self._weights[i], ranges)
                 squares[1, i] = sum_of_squares(direction, ranges)
-        comm.all_reduce(squares, self._tp)
+        sum_over(squares, self._tp)
         steps = self._step_sizes(squares.sqrt_().cpu(), lr)
         for run in chosen:
             directions = self._directions(run)

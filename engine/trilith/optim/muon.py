@@ -14,11 +14,10 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
-from trilith import comm
 from trilith.optim.adamw import Adam, AdamOptions
 from trilith.optim.base import FlatPartition, Optimizer, blank, unscaled
 from trilith.optim.groups import Segment
-from trilith.optim.whole import ALONE, WholeTensor, runs_of, views, whole_tensors
+from trilith.optim.whole import ALONE, WholeTensor, runs_of, sum_over, views, whole_tensors
 from trilith.sharding import Box, Piece
 from trilith.topology import Group
 
@@ -156,7 +155,7 @@ def _assembled(matrices: Sequence[WholeTensor], parts: Sequence[Tensor], tp: Gro
     for matrix, part, whole in zip(matrices, parts, wholes, strict=True):
         for piece in matrix.counted:
             whole[_index(piece.box)] = _run_of(part, piece)
-    comm.all_reduce(bucket, tp)
+    sum_over(bucket, tp)
     return wholes
 
 

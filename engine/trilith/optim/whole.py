@@ -56,7 +56,7 @@ def whole_tensors(partitions: Sequence[FlatPartition], tp: Group) -> tuple[Whole
             f"{partition.name}: does not say what tensors it holds"
         )
     found = [(i, p, spec) for i, p in enumerate(partitions) for spec in p.tensors]
-    rules = _counting_rules([spec for _, _, spec in found], partitions, tp)
+    rules = _counting_rules([spec for _, _, spec in found], tp)
     return tuple(_whole(i, part, spec, rule, tp.size) for (i, part, spec), rule in zip(found, rules, strict=True))
 
 
@@ -79,6 +79,16 @@ def runs_of(tensors: Sequence[WholeTensor], parts: tuple[int, ...]) -> list[slic
     return found
 
 
+def sum_over(tensor: Tensor, tp: Group) -> None:
+    """Replace `tensor` by its sum over the group; it may lie in host memory, where nccl does not reach."""
+    if tp.backend != "nccl" or tensor.is_cuda:
+        comm.all_reduce(tensor, tp)
+        return
+    on_device = tensor.cuda()
+    comm.all_reduce(on_device, tp)
+    tensor.copy_(on_device)
+
+
 def _counts(piece: Piece, rule: int, degree: int) -> bool:
     """Whether a piece counts. Rule 0: it is an original; 1: every piece is; 2: it is the first of its copies.
 
@@ -91,16 +101,13 @@ def _counts(piece: Piece, rule: int, degree: int) -> bool:
     return piece.replica == 0 if rule == 0 else piece.replica % degree == 0
 
 
-def _counting_rules(specs: Sequence[ShardSpec], partitions: Sequence[FlatPartition], tp: Group) -> list[int]:
+def _counting_rules(specs: Sequence[ShardSpec], tp: Group) -> list[int]:
     """For each tensor the rule by which the pieces that count, over all tensor ranks, are the whole tensor once."""
     sums = torch.zeros(len(specs), 3, dtype=torch.float64)
     for row, spec in enumerate(specs):
         for rule in range(3):
             sums[row, rule] = sum(p.box.numel for p in spec.pieces if _counts(p, rule, tp.size))
-    if partitions and tp.size > 1:
-        on_device = sums.to(partitions[0].parameter.device)
-        comm.all_reduce(on_device, tp)
-        sums = on_device.cpu()
+    sum_over(sums, tp)
     rules = []
     for spec, row in zip(specs, sums.tolist(), strict=True):
         assert prod(spec.shape) in row, f"{spec.name}: does not lie whole in one partition: {row} of {spec.shape}"

@@ -67,10 +67,10 @@ class FirstSteps:
         return True
 
     def _place(self) -> None:
-        """Move up what the limit holds; all ranks that share units or replicas of them decide alike."""
+        """Move up what the limit holds; all ranks that step the same units together decide alike."""
         model = self._model
         peak = torch.tensor([self._peak_bytes], dtype=torch.float64, device=model.device)
-        for group in (model.topology.dp, model.topology.replicate):
+        for group in (model.topology.dp, model.topology.replicate, model.topology.tp):
             comm.all_reduce(peak, group, op="max").wait()
         room = self._limit_bytes - int(peak) - device_bytes(model.memory_bytes())
         before = [unit.placement for unit in model.units]
