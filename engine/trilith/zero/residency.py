@@ -3,7 +3,7 @@
 A rank's step is a sequence of uses: a forward or a backward of one unit, in the order that the schedule fixes. With the
 future known, the best set of units to keep whole under a cap is known, too: whoever must make room lets go of the unit
 that is used again last (Belady 1966). What is not kept is let go right after its use, and gathered again ahead of the
-next one, as far ahead as the prefetch bucket and the cap allow.
+next one, as far ahead as the prefetch bucket and the cap allow; one unit may be larger than the bucket.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def plan_gathers(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits
     for stay in stays:
         for index in range(stay.first, stay.last + 1):
             occupied[index] += sizes[stay.unit]
-    _prefetch(stays, uses, sizes, limits, occupied)
+    stays = _prefetch(stays, uses, sizes, limits, occupied)
     before: list[list[int]] = [[] for _ in uses]
     after: list[list[int]] = [[] for _ in uses]
     releases: list[list[int]] = [[] for _ in uses]
@@ -114,7 +114,9 @@ def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> l
     for index, use in enumerate(uses):
         for unit in use.units:
             places.setdefault(unit, []).append(index)
-    travelled = [0, *accumulate(sum(sizes[unit] for unit in use.units) for use in uses)]
+    travelled = _travelled(uses, sizes)
+    # What is kept leaves room for one unit that is fetched ahead: gathers that nobody waits for beat fewer gathers.
+    kept = limits.max_live - (max(sizes, default=0) if limits.prefetch else 0)
     live: dict[int, _Stay] = {}
     stays: list[_Stay] = []
     live_numel = 0
@@ -127,7 +129,7 @@ def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> l
         missing = [unit for unit in use.units if unit not in live]
         wanted = sum(sizes[unit] for unit in missing)
         others = sorted((unit for unit in live if unit not in use.units), key=lambda unit: next_use(unit, index))
-        while others and live_numel + wanted > limits.max_live:
+        while others and live_numel + wanted > kept:
             live_numel -= sizes[others[-1]]
             del live[others.pop()]
         for unit in missing:
@@ -143,30 +145,49 @@ def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> l
     return stays
 
 
+def _travelled(uses: Sequence[Use], sizes: Sequence[int]) -> list[int]:
+    """The elements used before each use, and before the end."""
+    return [0, *accumulate(sum(sizes[unit] for unit in use.units) for use in uses)]
+
+
 def _prefetch(
     stays: Sequence[_Stay], uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits, occupied: list[int]
-) -> None:
-    """Move gathers ahead, one after the other and none past the one before; `occupied` is kept up to date."""
+) -> list[_Stay]:
+    """Move gathers ahead, one after the other and none past the one before; `occupied` is kept up to date.
+
+    A unit that would be gathered again as soon as it is let go is not let go: two stays become one.
+    """
+    travelled = _travelled(uses, sizes)
     ahead = [0] * len(uses)  # elements on their way, or waiting to be used, during each use
     earliest = 0
-    gone: dict[int, int] = {}  # unit -> the use at whose end it was let go last
+    before: dict[int, _Stay] = {}  # unit -> its stay before
+    kept: list[_Stay] = []
     for stay in stays:
-        size, slot = sizes[stay.unit], 2 * stay.first
+        size, slot, last = sizes[stay.unit], 2 * stay.first, before.get(stay.unit)
         for index in range(stay.first - 1, -1, -1):
             late = limits.after_backward and uses[index].backward
-            if size > limits.prefetch or index <= gone.get(stay.unit, -1) or 2 * index + late < earliest:
+            if not limits.prefetch or (last and index <= last.last) or 2 * index + late < earliest:
                 break
             if late:  # what use `index` lets go makes room for what is launched at its end
                 slot = 2 * index + 1
                 break
-            if occupied[index] + size > limits.max_live or ahead[index] + size > limits.prefetch:
+            if occupied[index] + size > limits.max_live or (ahead[index] and ahead[index] + size > limits.prefetch):
                 break
             slot = 2 * index
-        stay.slot = earliest = slot
         for index in range(-(-slot // 2), stay.first):
             occupied[index] += size
             ahead[index] += size
-        gone[stay.unit] = stay.last
+        if (
+            last
+            and slot == 2 * (last.last + 1)
+            and travelled[stay.first] - travelled[last.last + 1] <= limits.max_reuse
+        ):
+            last.last = stay.last
+            continue
+        stay.slot = earliest = slot
+        before[stay.unit] = stay
+        kept.append(stay)
+    return kept
 
 
 @dataclass(frozen=True)
