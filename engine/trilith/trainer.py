@@ -77,7 +77,7 @@ class Trainer:
         self.topology = build_topology(plan.degrees, place.device, timeout_s, ties=plan.ties, channels=channels)
         self.policy = PrecisionPolicy.from_config(self.config)
         self.stages = build.build_stages(self.config, plan.stages, plan.schedule, self.topology, self.policy)
-        sharding = replace(sharding_of(self.config), whole_gradients=plan.whole_gradients)
+        sharding = replace(sharding_of(self.config, self.topology.tp), whole_gradients=plan.whole_gradients)
         self.model = make_model(plan.schedule, self.stages, self.topology, self.policy, self.config, sharding)
         build.initialise(self.model, self.stages, self.policy, self.config.training.seed)
         self.pipeline = {

@@ -98,49 +98,68 @@ def _all_reduce(output: Tensor, input: Tensor, group: Group, op: str) -> Handle:
     return _returned(Handle([work], keep=target), target, output)
 
 
-def all_gather(output: Tensor, input: Tensor, group: Group, async_op: bool = False) -> Handle:
+def all_gather(
+    output: Tensor, input: Tensor, group: Group, sizes: Sequence[int] | None = None, async_op: bool = False
+) -> Handle:
     """Write every rank's `input` to `output`, one after the other in the order of ranks.
 
-    Both are contiguous, of one dtype; output.numel() == size * input.numel(). `input` may be this rank's part of
-    `output`.
+    Both are contiguous, of one dtype. Rank r's `input` has `sizes[r]` elements (the same on all ranks; it may be 0), all
+    have the same number without `sizes`. `input` may be this rank's part of `output`.
     """
-    _check(output, input, group.size, "all_gather")
-    if group.size == 1:
-        return _copied(output, input)
-    if input.numel() == 0:
-        return Handle()
-    if group.backend == "gloo":
-        source, target = _host(input), _host_output(output)
-        handle = gloo.all_gather(target.view(-1), source.view(-1), group)
-        return _finished(_returned(handle, target, output), async_op)
-    work = _nccl_all_gather(output.detach().view(-1), input.detach().view(-1), group=group.handle, async_op=True)
-    return _finished(Handle([work], keep=(output, input)), async_op)
-
-
-def reduce_scatter(output: Tensor, input: Tensor, group: Group, async_op: bool = False) -> Handle:
-    """Write the sum over the group of this rank's part of `input` to `output`.
-
-    Both are contiguous, of one dtype; input.numel() == size * output.numel(); part r is for rank r. `output` may be
-    this rank's part of `input`. The caller need not keep `input`, but must not write to it before `wait()`.
-    """
-    _check(input, output, group.size, "reduce_scatter")
+    parts = _parts(output, input, group, sizes, "all_gather")
     if group.size == 1:
         return _copied(output, input)
     if output.numel() == 0:
         return Handle()
     if group.backend == "gloo":
         source, target = _host(input), _host_output(output)
-        handle = gloo.reduce_scatter(target.view(-1), source.view(-1), group, torch.add)
+        handle = gloo.all_gather(target.view(-1), source.view(-1), group, parts)
         return _finished(_returned(handle, target, output), async_op)
-    work = _nccl_reduce_scatter(output.detach().view(-1), input.detach().view(-1), group=group.handle, async_op=True)
+    flat, mine = output.detach().view(-1), input.detach().view(-1)
+    if len(set(parts)) == 1:
+        work = _nccl_all_gather(flat, mine, group=group.handle, async_op=True)
+    else:
+        work = dist.all_gather(list(flat.split(parts)), mine, group=group.handle, async_op=True)
     return _finished(Handle([work], keep=(output, input)), async_op)
 
 
-def _check(large: Tensor, small: Tensor, size: int, name: str) -> None:
-    assert large.numel() == size * small.numel() and large.dtype == small.dtype, (
-        f"{name}: {tuple(large.shape)} {large.dtype} must hold {size} times {tuple(small.shape)} {small.dtype}"
+def reduce_scatter(
+    output: Tensor, input: Tensor, group: Group, sizes: Sequence[int] | None = None, async_op: bool = False
+) -> Handle:
+    """Write the sum over the group of this rank's part of `input` to `output`.
+
+    Both are contiguous, of one dtype; part r is for rank r and has `sizes[r]` elements (the same on all ranks; it may be
+    0), all have the same number without `sizes`. `output` may be this rank's part of `input`. The caller need not keep
+    `input`, but must not write to it before `wait()`.
+    """
+    parts = _parts(input, output, group, sizes, "reduce_scatter")
+    if group.size == 1:
+        return _copied(output, input)
+    if input.numel() == 0:
+        return Handle()
+    if group.backend == "gloo":
+        source, target = _host(input), _host_output(output)
+        handle = gloo.reduce_scatter(target.view(-1), source.view(-1), group, torch.add, parts)
+        return _finished(_returned(handle, target, output), async_op)
+    flat, mine = input.detach().view(-1), output.detach().view(-1)
+    if len(set(parts)) == 1:
+        work = _nccl_reduce_scatter(mine, flat, group=group.handle, async_op=True)
+    else:
+        work = dist.reduce_scatter(mine, list(flat.split(parts)), group=group.handle, async_op=True)
+    return _finished(Handle([work], keep=(output, input)), async_op)
+
+
+def _parts(large: Tensor, small: Tensor, group: Group, sizes: Sequence[int] | None, name: str) -> list[int]:
+    """How many elements of `large` are each rank's, after checking that `small` is this rank's part of it."""
+    parts = [small.numel()] * group.size if sizes is None else list(sizes)
+    assert len(parts) == group.size and parts[group.index] == small.numel(), (
+        f"{name}: parts {parts} do not fit {tuple(small.shape)} on rank {group.index} of {group.size}"
+    )
+    assert large.numel() == sum(parts) and large.dtype == small.dtype, (
+        f"{name}: {tuple(large.shape)} {large.dtype} must hold parts {parts} like {tuple(small.shape)} {small.dtype}"
     )
     assert large.is_contiguous() and small.is_contiguous(), f"{name}: tensors must be contiguous"
+    return parts
 
 
 def all_to_all(

@@ -39,10 +39,11 @@ def _post(group: Group, output: Tensor, input: Tensor, got: list[int], sent: lis
 
 
 def _swap(group: Group, received: Tensor, sent: Tensor) -> Any:
-    """Start to swap tensors of one size between two ranks, without a copy."""
-    count = sent.numel() * sent.element_size()
-    counts = [0, count] if group.index == 0 else [count, 0]
-    return _post(group, received, sent, counts, counts)
+    """Start to swap tensors between two ranks, without a copy; the two may differ in size."""
+    other, width = 1 - group.index, sent.element_size()
+    got_bytes, sent_bytes = [0, 0], [0, 0]
+    got_bytes[other], sent_bytes[other] = received.numel() * width, sent.numel() * width
+    return _post(group, received, sent, got_bytes, sent_bytes)
 
 
 def _spread(group: Group, output: Tensor, input: Tensor, sizes: Sequence[int]) -> list[Any]:
@@ -53,7 +54,7 @@ def _spread(group: Group, output: Tensor, input: Tensor, sizes: Sequence[int]) -
     large = group.size > 2 and output.numel() * width > COPY_BYTES
     if (group.size == 2 or large) and mine.data_ptr() != input.data_ptr():
         mine.copy_(input)
-    if group.size == 2 and sizes[0] == sizes[1]:
+    if group.size == 2:
         return [_swap(group, parts[1 - group.index], input)]
     if large:
         return _tell_all(group, parts, input)
@@ -66,8 +67,9 @@ def _tell_all(group: Group, parts: Sequence[Tensor], input: Tensor) -> list[Any]
     works: list[Any] = []
     peers = [(group.index + step) % group.size for step in range(1, group.size)]
     for peer in peers:
-        works.append(dist.irecv(as_bytes(parts[peer]), group.ranks[peer], group=group.handle))
-    for peer in reversed(peers):
+        if parts[peer].numel():
+            works.append(dist.irecv(as_bytes(parts[peer]), group.ranks[peer], group=group.handle))
+    for peer in reversed(peers) if input.numel() else ():
         works.append(dist.isend(as_bytes(input), group.ranks[peer], group=group.handle))
     return works
 
@@ -98,14 +100,14 @@ def _combine_all(parts: Sequence[Tensor], combine: Combine, output: Tensor) -> N
     combine(total, parts[-1], out=output)
 
 
-def all_gather(output: Tensor, input: Tensor, group: Group) -> Handle:
-    """Write every rank's `input` (flat, n elements) to `output` (flat, size * n), in the order of ranks."""
-    return Handle(_spread(group, output, input, [input.numel()] * group.size), keep=(output, input))
+def all_gather(output: Tensor, input: Tensor, group: Group, sizes: Sequence[int]) -> Handle:
+    """Write every rank r's `input` (flat, sizes[r] elements) to `output` (flat), in the order of ranks."""
+    return Handle(_spread(group, output, input, sizes), keep=(output, input))
 
 
-def reduce_scatter(output: Tensor, input: Tensor, group: Group, combine: Combine) -> Handle:
-    """Write the sum over ranks of part `index` of `input` (flat, size * n) to `output` (flat, n)."""
-    work, parts = _deal(group, input, [output.numel()] * group.size)
+def reduce_scatter(output: Tensor, input: Tensor, group: Group, combine: Combine, sizes: Sequence[int]) -> Handle:
+    """Write the sum over ranks of part `index` of `input` (flat; part r has sizes[r] elements) to `output` (flat)."""
+    work, parts = _deal(group, input, sizes)
     return Handle([work], lambda: _combine_all(parts, combine, output), keep=input)
 
 

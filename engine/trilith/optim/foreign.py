@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.errors import TrilithError
-from trilith.optim.base import FlatPartition, Optimizer, SliceGroup
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
 from trilith.optim.groups import GroupKey, GroupOf
 
 # Their updates act on each element for itself, so that any cut of the parameters gives the same result.
@@ -57,7 +57,7 @@ def groups_of_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, nn
     return group_of
 
 
-class ForeignOptimizer(Optimizer):
+class ForeignOptimizer(ElementwiseOptimizer):
     """Runs a torch optimizer over flat partitions; learning rates are those of its own parameter groups.
 
     The optimizer's groups are taken over: each holds slices of the master weights instead of the module's parameters.

@@ -34,7 +34,7 @@ from trilith.models.pipeline_model import PipelineModel
 from trilith.optim.base import Optimizer
 from trilith.optim.groups import multipliers
 from trilith.optim.lr import LearningRate, make_lr
-from trilith.optim.make import make_optimizer
+from trilith.optim.make import make_optimizer, needs_whole_tensors
 from trilith.pipeline.action import Schedule
 from trilith.pipeline.executor import Executor
 from trilith.pipeline.passes import complete
@@ -178,7 +178,8 @@ class PipelineEngine:
             if queue is not None:
                 self._deferred += defer_linears(self._stages[index], queue)
         groups, make_optimizer_ = multipliers(config.optimizer.param_groups), make_optimizer(config.optimizer)
-        sharding = Sharding(layout.unit_names, layout.tied_units, groups, make_optimizer_)
+        whole = needs_whole_tensors(config.optimizer)
+        sharding = Sharding(layout.unit_names, layout.tied_units, groups, make_optimizer_, whole_tensors=whole)
         policy = PrecisionPolicy.from_config(config)
         sharded = make_model(layout.schedule, self._stages, topology, policy, config, sharding)
         last = len(layout.cuts) - 1

@@ -35,7 +35,8 @@ from trilith.zero.flat import DeclaredModule, FlatUnit, buffer_view
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.offload import Disk
 from trilith.zero.placement import Moved
-from trilith.zero.sharded import ShardedModel, Sharding, StageParameters, StateEntry, StepOutcome, bytes_of
+from trilith.zero.sharded import ShardedModel, Sharding, StateEntry, StepOutcome, bytes_of
+from trilith.zero.stage_parameters import StageParameters
 
 Place = tuple[nn.Module, str]  # a module and the name of one of its own parameters
 
@@ -250,7 +251,7 @@ class DelayedModel(ShardedModel):
         """Let what follows read and write a slot's buffers."""
         self._updated, self.units, self.reducer = slot, slot.units, slot.reducer
         if not self.stashes:
-            self.optimizer.read_gradients(slot.partitions)
+            self.optimizer.rebind(slot.partitions)
 
     def update_after(self, microbatch: int) -> None:
         """One optimizer step with the gradients of a microbatch (`pipedream`); every rank of the stage must call it.
@@ -313,7 +314,7 @@ class DelayedModel(ShardedModel):
         """As `ShardedModel.after_load`; the module gets the newest weights."""
         super().after_load()
         for unit in self._previous.units if self._previous and self._partitioned else ():
-            comm.all_gather(unit.weight, unit.own_weight, self.topology.dp).wait()
+            comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, unit.layout.uneven_sizes).wait()
 
     def _other_units(self) -> list[FlatUnit]:
         """Those of the versions that are not in `units`."""

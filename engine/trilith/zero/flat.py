@@ -19,6 +19,7 @@ from trilith.zero.partition import (
     counted_ranges,
     partition_range,
     partition_segments,
+    partition_tensors,
 )
 from trilith.zero.placement import ON_DEVICE, Moved, Placement, Tier
 from trilith.zero.swap import Swapped
@@ -191,12 +192,13 @@ class FlatUnit:
         """Float64 scalar: over the elements of this rank's partition that count here (replica 0)."""
         return sum_of_squares(self.own_gradient, self.counted)
 
-    def partition(self) -> FlatPartition:
-        """What the optimizer sees of this unit."""
+    def partition(self, whole_tensors: bool = False) -> FlatPartition:
+        """What the optimizer sees of this unit; with `whole_tensors` also which tensors lie in it."""
         segments = partition_segments(self.layout, self.start, self.stop)
         gradient = self.own_gradient if self.optimizer_gradient is None else self.optimizer_gradient
-        is_swapped = self.states_swap is not None
-        return FlatPartition(f"stage{self.stage}/{self.layout.name}", self.master, gradient, segments, is_swapped)
+        name = f"stage{self.stage}/{self.layout.name}"
+        tensors = partition_tensors(self.layout, self.start, self.stop) if whole_tensors else ()
+        return FlatPartition(name, self.master, gradient, segments, tensors, self.states_swap is not None)
 
     @torch.no_grad()
     def assign(self, offset: int, value: Tensor) -> None:

@@ -326,7 +326,8 @@ class GradientReducer:
         if unit.layout.degree < group.size:
             flight.handle = comm.all_reduce(payload, group, async_op=True)
         else:
-            flight.handle = comm.reduce_scatter(payload[unit.start : unit.stop], payload, group, async_op=True)
+            own, sizes = payload[unit.start : unit.stop], unit.layout.uneven_sizes
+            flight.handle = comm.reduce_scatter(own, payload, group, sizes, async_op=True)
         if flight.passes:
             self._on_the_way.append(flight)
             while len(self._on_the_way) > _IN_FLIGHT:

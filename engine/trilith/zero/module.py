@@ -36,7 +36,7 @@ from trilith.models.layer_stage import is_lookup
 from trilith.optim.foreign import ForeignOptimizer, groups_of_optimizer
 from trilith.optim.groups import multipliers
 from trilith.optim.lr import LearningRate, make_lr
-from trilith.optim.make import make_optimizer
+from trilith.optim.make import make_optimizer, needs_whole_tensors
 from trilith.pipeline.action import NO_MICROBATCH
 from trilith.precision import DTYPES, PrecisionPolicy
 from trilith.process_groups import build_topology, join_world, leave_world
@@ -222,7 +222,7 @@ def _sharding(
     units = tuple(dict.fromkeys(parameter.flat_unit for parameter in declared.local_parameters))
     if optimizer is None:
         groups, make = multipliers(config.optimizer.param_groups), make_optimizer(config.optimizer)
-        return Sharding(units, frozenset(), groups, make)
+        return Sharding(units, frozenset(), groups, make, whole_tensors=needs_whole_tensors(config.optimizer))
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     own = groups_of_optimizer(optimizer, trained)
     return Sharding(

@@ -29,12 +29,14 @@ class Use:
 @dataclass(frozen=True)
 class GatherLimits:
     """`max_live`, `max_reuse`, `prefetch` in elements; the keys `stage3_max_live_parameters`, `stage3_max_reuse_distance`,
-    `stage3_prefetch_bucket_size`. `after_backward`: ask for the next unit after a backward, not before."""
+    `stage3_prefetch_bucket_size`. `after_backward`: ask for the next unit after a backward, not before. `reads`: units that
+    are read from disk ahead of their gathers."""
 
     max_live: int
     max_reuse: int
     prefetch: int
     after_backward: bool = False
+    reads: int = 1
 
 
 def gather_limits(zero: Any) -> GatherLimits:
@@ -44,6 +46,7 @@ def gather_limits(zero: Any) -> GatherLimits:
         max_reuse=zero.stage3_max_reuse_distance,
         prefetch=zero.stage3_prefetch_bucket_size,
         after_backward=zero.stage3_backward_prefetch == "post",
+        reads=zero.offload_param.buffer_count,
     )
 
 

@@ -9,7 +9,7 @@ they are used). Rajbhandari et al. 2020 (ZeRO), section 5.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -21,17 +21,19 @@ from torch import Tensor
 from trilith import comm
 from trilith.failpoints import Failpoints
 from trilith.models.families import declare
-from trilith.optim.base import Optimizer, OptimizerFactory
+from trilith.optim.base import FlatPartition, Optimizer, OptimizerFactory
 from trilith.optim.clip import clip_factor
 from trilith.optim.groups import GroupOf, multipliers
-from trilith.optim.make import make_optimizer
+from trilith.optim.make import make_optimizer, needs_whole_tensors
 from trilith.pipeline.action import Schedule
 from trilith.precision import LossScaler, PrecisionPolicy
 from trilith.sharding import ShardSpec
 from trilith.topology import Group, Topology
+from trilith.zero.auto_placement import FirstSteps
 from trilith.zero.flat import DeclaredModule, FlatUnit, move_buffers
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.offload import Disk, Offload
+from trilith.zero.owners import Owners
 from trilith.zero.partition import (
     PlacedParameter,
     flat_unit_names,
@@ -39,8 +41,9 @@ from trilith.zero.partition import (
     tied_flat_units,
     with_copies,
 )
-from trilith.zero.placement import Moved
+from trilith.zero.placement import Moved, Tier
 from trilith.zero.residency import GatherPlan, uses_of
+from trilith.zero.stage_parameters import StageParameters
 from trilith.zero.storage import Storage, make_gatherer
 
 StateEntry = tuple[str, ShardSpec, Tensor]
@@ -53,7 +56,7 @@ class Sharding:
     `unit_names`: every flat unit of the model, in one order for all ranks and layouts; the norm is summed in it.
     `tied_units`: those that two stages hold. `group_of`: a tensor's parameter group. `whole_gradients`: the flat units
     whose gradients stay whole over the microbatches of a step, also at stages 2 and 3; None: as `reduce_interval` says,
-    and all of them where it is "auto".
+    and all of them where it is "auto". `whole_tensors`: the optimizer needs every parameter whole in one partition.
     """
 
     unit_names: tuple[str, ...]
@@ -61,6 +64,7 @@ class Sharding:
     group_of: GroupOf
     make_optimizer: OptimizerFactory
     whole_gradients: frozenset[str] | None = None
+    whole_tensors: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,87 +79,16 @@ class StepOutcome:
     loss_scale: float
 
 
-def sharding_of(config: Any) -> Sharding:
-    """The Sharding of a resolved Config with a `model` section."""
+def sharding_of(config: Any, tp: Group) -> Sharding:
+    """The Sharding of a resolved Config with a `model` section; `tp` is the tensor-parallel group."""
     units = declare(config.model)
     return Sharding(
         unit_names=flat_unit_names(units),
         tied_units=tied_flat_units(units),
         group_of=multipliers(config.optimizer.param_groups),
-        make_optimizer=make_optimizer(config.optimizer),
+        make_optimizer=make_optimizer(config.optimizer, tp),
+        whole_tensors=needs_whole_tensors(config.optimizer),
     )
-
-
-class StageParameters:
-    """The pipeline executor's view of one stage's parameters (`pipeline.stage.StageParameters`)."""
-
-    def __init__(self, model: ShardedModel, stage: int) -> None:
-        self._model, self._stage = model, stage
-
-    def begin_run(self, schedule: Schedule) -> None:
-        """A run of `schedule` begins: at stage 3 its gather plan does."""
-        self._model.begin_run(schedule)
-
-    def gather(self) -> None:
-        """Begin to gather what comes next; weights are whole on every data rank at stages 0 to 2."""
-        if self._model.gatherer is not None:
-            self._model.gatherer.ahead()
-
-    def release(self) -> None:
-        """Let go of what the plan does not keep."""
-        if self._model.gatherer is not None:
-            self._model.gatherer.release()
-
-    def begin_forward(self, microbatch: int) -> None:
-        """There is one version of the weights, and it is in the module."""
-
-    def begin_backward(self, microbatch: int, final: bool) -> None:
-        """A whole backward of this stage begins; `final`: the last of the step."""
-        self._model.forget_step()
-        self._model.reducer.begin_backward(self._stage, final)
-
-    def end_backward(self, microbatch: int, final: bool) -> None:
-        """It is done."""
-        self._end_gathers()
-        self._model.reducer.end_backward(self._stage, final)
-
-    def begin_input_gradients(self, microbatch: int) -> None:
-        """The first half of a backward begins."""
-        self._model.forget_step()
-        self._model.reducer.begin_input_gradients(self._stage, microbatch)
-
-    def end_input_gradients(self, microbatch: int, weights: Collection[Tensor]) -> None:
-        """It is done; the gradients of `weights` are to come."""
-        self._end_gathers()
-        self._model.reducer.end_input_gradients(self._stage, microbatch, weights)
-
-    def begin_weight_gradients(self, microbatch: int, weights: Sequence[Tensor], final: bool) -> None:
-        """The second half of a backward begins, which brings a gradient for each of `weights`."""
-        self._model.reducer.begin_weight_gradients(self._stage, microbatch, weights, final)
-
-    def end_weight_gradients(self, microbatch: int, final: bool) -> None:
-        """It is done."""
-        self._model.reducer.end_weight_gradients(self._stage, final)
-
-    def _end_gathers(self) -> None:
-        if self._model.gatherer is not None:
-            self._model.gatherer.end_backward()
-
-    def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add a gradient of the second half of a backward."""
-        self._model.reducer.accumulate(weight, gradient)
-
-    def reduce(self, microbatch: int) -> None:
-        """All gradients of this stage are complete: launch the reductions that are left."""
-        self._model.reducer.reduce(self._stage)
-
-    def tie_reduce(self, microbatch: int) -> None:
-        """Sum the gradients of weights that this stage shares with others."""
-        self._model.reducer.tie_reduce(self._stage)
-
-    def update(self, microbatch: int) -> None:
-        """Synchronous schedules step once, after their last action."""
-        raise AssertionError("an optimizer step inside a synchronous schedule")
 
 
 class ShardedModel:
@@ -177,13 +110,16 @@ class ShardedModel:
         """
         zero = config.zero_optimization
         self.topology, self.policy, self.device = topology, policy, topology.device
-        self.sharding = sharding or sharding_of(config)
+        self.sharding = sharding or sharding_of(config, topology.tp)
         self.scaler = LossScaler.from_config(config)
         self.max_norm = config.gradient_clipping
         self.kept_bytes: dict[str, int] = {}  # what others keep beside this model, by category
         self._partitioned = zero.stage >= 1 and topology.dp.size > 1
         self._reduces_late = zero.reduce_interval != "microbatch"
-        self._storage = Storage(zero, topology, policy, self.sharding.group_of, self._keeps_whole)
+        owners = None
+        if self._partitioned and self.sharding.whole_tensors:
+            owners = Owners(topology.dp.size, self.sharding.tied_units)
+        self._storage = Storage(zero, topology, policy, self.sharding.group_of, self._keeps_whole, owners)
         self._units: dict[int, tuple[FlatUnit, ...]] = {}
         self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
         self._places: dict[tuple[int, str], tuple[FlatUnit, PlacedParameter]] = {}
@@ -198,6 +134,7 @@ class ShardedModel:
         units_of = {index: (*self._units[index], *self._frozen[index]) for index in stages}
         self.gatherer, self._uses = make_gatherer(stages, units_of, topology.dp, zero)
         self._gather_plans: dict[int, tuple[Schedule, GatherPlan]] = {}
+        self._watch = FirstSteps.of(config, self)
         self._stale = self._finished = False
         self._extra_updates = 0  # of the optimizer, beyond one a step
 
@@ -225,13 +162,17 @@ class ShardedModel:
         for swap in swaps:
             if swap is not None:
                 swap.open_blank()
-        optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
+        optimizer = self.sharding.make_optimizer(self.partitions())
         for swap, state in zip(swaps, optimizer.state, strict=True):
             if swap is not None:
                 for role, tensor in state.items():
                     swap.add(role, tensor)
                 swap.drop()
         return optimizer
+
+    def partitions(self) -> list[FlatPartition]:
+        """What the optimizer sees."""
+        return [unit.partition(self.sharding.whole_tensors) for unit in self.units]
 
     def _keeps_whole(self, flat_unit: str) -> bool:
         """Whether a unit's gradient is whole over the microbatches of a step, where it need not be."""
@@ -292,6 +233,8 @@ class ShardedModel:
     def begin_run(self, schedule: Schedule) -> None:
         """At stage 3: follow the gather plan of `schedule`, made at its first run."""
         self.offload.put_back()
+        if self._watch is not None and not schedule.is_forward_only:
+            self._watch.begin()
         if self.gatherer is None:
             return
         key = id(schedule)  # which is kept, so that no other can have it
@@ -376,6 +319,8 @@ class ShardedModel:
         """
         scale, skipped = self.loss_scale, self._overflows(norm)
         self._stale, self._finished = True, False
+        if self._watch is not None and self._watch.end():
+            self._watch = None
         self.scaler.update(skipped)
         return StepOutcome(norm, skipped, scale)
 
@@ -394,10 +339,11 @@ class ShardedModel:
         handles = []
         for unit in units:
             if unit.shard_swap is not None:
-                unit.shard_swap.wait()
+                unit.shard_swap.open_blank()
             unit.round_master()
             if self._partitioned and not unit.is_sharded:
-                handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, async_op=True))
+                sizes = unit.layout.uneven_sizes
+                handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, sizes, async_op=True))
         return handles
 
     # ---- state --------------------------------------------------------------------------------------------------
@@ -414,7 +360,7 @@ class ShardedModel:
         for unit, state in zip(self.units, self.optimizer.state, strict=True):
             tensors = {unit.master_role: unit.master, **state}
             for role, tensor in tensors.items():
-                entries.extend(self._entries(unit, role, tensor))
+                entries.extend(e for e in self._entries(unit, role, tensor) if self.optimizer.keeps(role, e[1].name))
         for units in self._frozen.values():
             for unit in units:
                 entries.extend(self._entries(unit, "weight", unit.own_weight))
@@ -468,18 +414,23 @@ class ShardedModel:
         """Bytes this rank stores, by category: parameters, gradients, optimizer (masters and moments), buffers.
 
         `gather_window`: the most that was there beyond these at one time, of whole weights and whole gradients of units
-        of which the rank keeps its part.
+        of which the rank keeps its part. Categories in host memory and on disk begin with `host_` and `disk_`;
+        `host_swap`: the most that was in host memory at one time of what lives on disk.
         """
-        masters = [unit.master for unit in self.units if unit.has_master]
-        moments = [tensor for state in self.optimizer.state for tensor in state.values()]
-        return {
-            "parameters": bytes_of([unit.weight if unit.shard is None else unit.shard for unit in self._all_units()]),
-            "gradients": bytes_of([unit.gradient for unit in self.units]),
-            "optimizer": bytes_of([*masters, *moments]),
-            "buffers": self._buffer_bytes,
-            "gather_window": self.reducer.pool.peak_bytes + (self.gatherer.peak_bytes if self.gatherer else 0),
-            **self.kept_bytes,
-        }
+        found = {"parameters": 0, "gradients": 0, "optimizer": 0, "buffers": self._buffer_bytes}
+        for unit in self._all_units():
+            add_bytes(found, unit.placement.weights, "parameters", [unit.weight if unit.shard is None else unit.shard])
+        for unit, state in zip(self.units, self.optimizer.state, strict=True):
+            states = unit.placement.states
+            passes = Tier.DEVICE if unit.has_whole_gradient or states is Tier.DEVICE else Tier.HOST
+            add_bytes(found, passes, "gradients", [unit.gradient])
+            if unit.optimizer_gradient is not None:
+                add_bytes(found, Tier.HOST, "gradients", [unit.optimizer_gradient])
+            add_bytes(found, states, "optimizer", [*([unit.master] if unit.has_master else []), *state.values()])
+        if self.offload.peak_host_bytes:
+            found["host_swap"] = self.offload.peak_host_bytes
+        found["gather_window"] = self.reducer.pool.peak_bytes + (self.gatherer.peak_bytes if self.gatherer else 0)
+        return {**found, **self.kept_bytes}
 
     def close(self) -> None:
         """Remove all hooks and gradients; the modules keep their weights, whole. Every data rank must call it."""
@@ -488,6 +439,12 @@ class ShardedModel:
         if self.gatherer is not None:
             self.gatherer.close()
         self.offload.close()
+
+
+def add_bytes(found: dict[str, int], tier: Tier, category: str, tensors: Sequence[Tensor]) -> None:
+    """Count tensors under the category of a tier."""
+    name = {Tier.DEVICE: category, Tier.HOST: f"host_{category}", Tier.DISK: f"disk_{category}"}[tier]
+    found[name] = found.get(name, 0) + bytes_of(tensors)
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:

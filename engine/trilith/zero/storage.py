@@ -13,6 +13,7 @@ from trilith.topology import Group, Topology
 from trilith.zero.flat import DeclaredModule, FlatUnit, Keeping, make_unit
 from trilith.zero.gathers import Gatherer
 from trilith.zero.offload import Disk
+from trilith.zero.owners import Owners
 from trilith.zero.partition import UnitLayout, split_small, unit_layouts
 from trilith.zero.placement import Moved, Placement, Tier, place_units
 from trilith.zero.residency import StageUses, Use, gather_limits
@@ -23,6 +24,7 @@ class Storage:
     """How units are made; `zero` is the config section `zero_optimization`.
 
     `keeps_whole`: of a flat unit's name, whether its gradient is whole until the last microbatch at stages 2 and 3, too.
+    `owners`: of whole tensors, where the optimizer needs them and there are several partitions.
     """
 
     zero: Any
@@ -30,6 +32,7 @@ class Storage:
     policy: PrecisionPolicy
     group_of: GroupOf
     keeps_whole: Callable[[str], bool]
+    owners: Owners | None = None
 
     def plan_units(
         self, stage: int, module: DeclaredModule, parameters: Sequence[LocalParameter], *, is_frozen: bool = False
@@ -47,7 +50,8 @@ class Storage:
         passing = zero.stage >= 2 and (cut or zero.offload_optimizer.device != "none")
         planned = []
         for members, whole in ((small, True), (large, False)):
-            for layout in unit_layouts(members, degree, self.group_of):
+            owners = self.owners if cut and not is_frozen else None
+            for layout in unit_layouts(members, degree, self.group_of, owners=owners):
                 passes = passing and not self.keeps_whole(layout.name)
                 planned.append(PlannedUnit(stage, module, layout, Keeping(rank, not passes, whole, is_frozen)))
         order = {parameter.flat_unit: i for i, parameter in reversed(list(enumerate(parameters)))}
@@ -56,7 +60,7 @@ class Storage:
     def make_units(self, planned: Sequence[PlannedUnit], disk: Disk, moved: Moved) -> list[FlatUnit]:
         """The units, each where the config puts it."""
         zero, made = self.zero, []
-        owned = [unit.layout.numel // unit.layout.degree for unit in planned]
+        owned = [unit.layout.sizes[unit.keeping.rank] for unit in planned]
         placements = place_units(owned, [not unit.keeping.whole_weight for unit in planned], zero)
         for number, (unit, placement) in enumerate(zip(planned, placements, strict=True)):
             pinned = self.topology.device.type == "cuda" and zero.offload_optimizer.pin_memory

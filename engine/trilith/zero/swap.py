@@ -90,8 +90,9 @@ class Swapped:
         self.state = State.ABSENT
 
     def open_blank(self) -> None:
-        """Give the tensors storage without contents, to make views of them; `drop` ends it."""
-        assert self.state is State.ABSENT, (self._key, self.state)
+        """Give the tensors storage without contents, if they are away: to make views of them, or to write all of them."""
+        if self.state is not State.ABSENT:
+            return self.wait()
         for tensor in self._tensors.values():
             tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
         self.state = State.PRESENT
