@@ -165,6 +165,15 @@ def test_a_pipeline_rank_stores_what_the_formulas_say(schedule: str, stages: int
                 assert found.gathered_peak > found.units[0] * BYTES[dtype][0], "there is room for two units"
 
 
+def test_tensor_ranks_store_what_the_formulas_say_of_their_part() -> None:
+    """Sums over tensor ranks keep no further bucket alive."""
+    contents = [content_of(Cell(2, 1, 2, zero=stage, microbatches=2), "fp32") for stage in (2, 3)]
+    for results in run_ranks(4, measure, contents):
+        for stage, found in zip((2, 3), results, strict=True):
+            assert_as_by_formula(found, "fp32", stage, 2)
+            assert_bounded(found, "fp32", stage, 0)
+
+
 def test_gradients_reduced_once_a_step_stay_whole() -> None:
     """What `reduce_interval` = step costs: the gradients of stage 1."""
     content = content_of(Cell(2, microbatches=2, zero=2), "fp32", reduce_interval="step")
