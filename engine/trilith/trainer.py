@@ -78,7 +78,9 @@ class Trainer:
         self.policy = PrecisionPolicy.from_config(self.config)
         self.stages = build.build_stages(self.config, plan.stages, plan.schedule, self.topology, self.policy)
         sharding = replace(sharding_of(self.config, self.topology.tp), whole_gradients=plan.whole_gradients)
-        self.model = make_model(plan.schedule, self.stages, self.topology, self.policy, self.config, sharding)
+        self.model = make_model(
+            plan.schedule, self.stages, self.topology, self.policy, self.config, sharding, self.failpoints
+        )
         build.initialise(self.model, self.stages, self.policy, self.config.training.seed)
         self.pipeline = {
             index: PipelineStage(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from trilith import comm
 from trilith.checkpoint.load import PREVIOUS
+from trilith.failpoints import Failpoints
 from trilith.optim.base import FlatPartition
 from trilith.pipeline.action import Schedule
 from trilith.precision import PrecisionPolicy
@@ -134,9 +135,10 @@ class DelayedModel(ShardedModel):
         policy: PrecisionPolicy,
         config: Any,
         sharding: Sharding | None = None,
+        failpoints: Failpoints | None = None,
     ) -> None:
         """As `ShardedModel`; `config.pipeline.schedule` is `pipedream` or `pipedream_2bw`."""
-        super().__init__(stages, topology, policy, config, sharding)
+        super().__init__(stages, topology, policy, config, sharding, failpoints)
         ((self._stage, module),) = stages.items()
         self.stashes = config.pipeline.schedule == "pipedream"
         assert self.stashes or config.pipeline.schedule == "pipedream_2bw", config.pipeline.schedule
@@ -361,7 +363,8 @@ def make_model(
     policy: PrecisionPolicy,
     config: Any,
     sharding: Sharding | None = None,
+    failpoints: Failpoints | None = None,
 ) -> ShardedModel:
     """The storage of a rank's stages that `schedule` asks for; the other arguments are those of `ShardedModel`."""
     kind = DelayedModel if schedule.update_every else ShardedModel
-    return kind(stages, topology, policy, config, sharding)
+    return kind(stages, topology, policy, config, sharding, failpoints)
