@@ -2,9 +2,10 @@
 
 Hooks on the modules that units belong to (`homes`) tell when a unit is used. Forward: before and after the module's call.
 Backward: the first gradient of an output begins it; autograd runs the nodes that were made last first, so the
-backward of a module is over when that of one called before it begins, or the whole backward ends. A step that leaves the
-plan, or has none yet, gathers on demand and lets go at once, and its uses are written down: the next step has them as
-its plan.
+backward of a call is over when that of one begins whose forward had returned before it, or the whole backward ends. The
+call of a module around others thus lasts in backward, too. A backward inside of a backward (a reentrant checkpoint) is
+over when anything happens in the outer one. A step that leaves the plan, or has none yet, gathers on demand and lets go
+at once, and its uses are written down: the next step has them as its plan.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +29,21 @@ from trilith.zero.residency import GatherLimits, GatherPlan, Use, plan_gathers
 
 @dataclass
 class _Call:
-    """One forward call of a home; `order` counts calls."""
+    """One forward call of a home; `began` and `ended` count both events of all calls."""
 
     units: tuple[int, ...]
-    order: int
+    began: int
+    ended: int
     reads_in_backward: bool
+
+
+@dataclass
+class _Backward:
+    """The backward of a call, under way. `use`: its place in the plan; `task`: autograd's number of the backward."""
+
+    call: _Call
+    use: int | None
+    task: int
 
 
 @dataclass
@@ -61,9 +73,10 @@ class Gatherer:
         self._plans: dict[Hashable, GatherPlan] = {}
         self._pass = _Pass()
         self._key: Hashable = None
-        self._calls: list[tuple[int | None, tuple[int, ...]]] = []  # forwards under way: (use, units)
-        self._backwards: dict[int, tuple[_Call, int | None]] = {}  # backwards under way, by order
-        self._order = 0
+        self._calls: list[tuple[int, int | None, tuple[int, ...]]] = []  # forwards under way: (began, use, pinned)
+        self._backwards: dict[int, _Backward] = {}  # by the beginning of the call
+        self._clock = 0
+        self._num_whole = 0  # contexts that keep everything whole
         self._hooks: list[RemovableHandle] = []
         self.gathered_numel = self.num_gathers = self.live_bytes = self.peak_bytes = 0
 
@@ -79,19 +92,23 @@ class Gatherer:
         def after(module: nn.Module, args: object, output: object) -> None:
             self._end_forward(numbers, output, reads_in_backward)
 
-        self._hooks.append(home.register_forward_pre_hook(before))
+        self._hooks.append(home.register_forward_pre_hook(before, prepend=True))
         self._hooks.append(home.register_forward_hook(after, always_call=True))
         return numbers
 
     def close(self) -> None:
         """Remove the hooks and leave all weights whole."""
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks.clear()
+        self.detach()
         for number in range(len(self._units)):
             self._launch(number)
         for number in range(len(self._units)):
             self._wait(number)
+
+    def detach(self) -> None:
+        """Remove the hooks, for good."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
 
     def plan(self, uses: Sequence[Use]) -> GatherPlan:
         """The plan of a run whose uses are known."""
@@ -103,7 +120,7 @@ class Gatherer:
         """A sequence of uses begins: those that the last run under `key` wrote down, or `plan`."""
         self._remember()
         self._calls.clear()
-        self._end_backwards(-1)
+        self._end_backwards()
         self._key = key
         self._pass = _Pass(self._plans.get(key) or plan)
         if self._pass.plan is not None:
@@ -125,7 +142,7 @@ class Gatherer:
 
     def end_backward(self) -> None:
         """The whole backward is over."""
-        self._end_backwards(-1)
+        self._end_backwards()
 
     def release(self) -> None:
         """Let go of what the plan does not keep (RELEASE); most of it is gone since the end of its use."""
@@ -133,16 +150,21 @@ class Gatherer:
 
     @contextmanager
     def all_whole(self) -> Iterator[None]:
-        """Within it every unit is whole; all ranks of the group must enter and leave together."""
+        """Within it every unit is whole; all ranks of the group must enter and leave together.
+
+        What is computed inside is no use of a plan, and need not be the same on all ranks.
+        """
         missing = [number for number in range(len(self._units)) if number not in self._whole]
         for number in missing:
             self._launch(number)
         for number in range(len(self._units)):
             self._wait(number)
             self._pins[number] += 1
+        self._num_whole += 1
         try:
             yield
         finally:
+            self._num_whole -= 1
             for number in range(len(self._units)):
                 self._pins[number] -= 1
             self._drop(missing)
@@ -150,22 +172,27 @@ class Gatherer:
     # ---- uses ---------------------------------------------------------------------------------------------------
 
     def _begin_forward(self, units: tuple[int, ...]) -> None:
-        if self._backwards and all(self._pins[unit] and unit not in self._handles for unit in units):
-            self._calls.append((None, ()))  # computed again in backward, with the weights that are there for it
-            return
-        self._calls.append((self._begin_use(units, backward=False), units))
+        self._clock += 1
+        task = torch._C._current_graph_task_id()
+        self._end_backwards(task=task)
+        # Computed again in backward, with the weights that are there for it.
+        is_again = bool(self._backwards) and all(self._pins[unit] and unit not in self._handles for unit in units)
+        if self._num_whole or is_again:
+            self._calls.append((self._clock, None, ()))
+        else:
+            self._calls.append((self._clock, self._begin_use(units, backward=False), units))
 
     def _end_forward(self, units: tuple[int, ...], output: object, reads_in_backward: bool) -> None:
         if not self._calls:  # the run ended while the call was broken off
             return
-        use, pinned = self._calls.pop()
+        began, use, pinned = self._calls.pop()
         self._end_use(use, pinned)
         if not torch.is_grad_enabled():
             return
         tensors = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         if tensors:
-            self._order += 1
-            call = _Call(units, self._order, reads_in_backward)
+            self._clock += 1
+            call = _Call(units, began, self._clock, reads_in_backward)
 
             def begin(gradient: Tensor) -> None:
                 self._begin_backward(call)
@@ -174,17 +201,20 @@ class Gatherer:
                 tensor.register_hook(begin)
 
     def _begin_backward(self, call: _Call) -> None:
-        if call.order in self._backwards:
-            return
-        self._end_backwards(call.order)
-        if call.reads_in_backward:
-            self._backwards[call.order] = (call, self._begin_use(call.units, backward=True))
+        task = torch._C._current_graph_task_id()
+        self._end_backwards(call.ended, task)
+        if call.reads_in_backward and call.began not in self._backwards and not self._num_whole:
+            self._backwards[call.began] = _Backward(call, self._begin_use(call.units, backward=True), task)
 
-    def _end_backwards(self, order: int) -> None:
-        """End the backwards of calls later than `order`, the last first."""
-        for later in sorted((o for o in self._backwards if o > order), reverse=True):
-            call, use = self._backwards.pop(later)
-            self._end_use(use, call.units)
+    def _end_backwards(self, ended: float = inf, task: int = -1) -> None:
+        """End the backwards of calls that began when one had `ended`, and those inside the backward `task`; last first.
+
+        With neither, all.
+        """
+        over = [began for began, backward in self._backwards.items() if began > ended or backward.task > task]
+        for began in sorted(over, reverse=True):
+            backward = self._backwards.pop(began)
+            self._end_use(backward.use, backward.call.units)
 
     def _begin_use(self, units: tuple[int, ...], backward: bool) -> int | None:
         """Bring the weights of `units`; returns the place in the plan, None where the step does not follow one."""

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trilith import comm
 from trilith.errors import TrilithError
+from trilith.pipeline.action import NO_MICROBATCH
 from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
 from trilith.zero.flat import FlatUnit
@@ -36,8 +37,9 @@ Bucket = tuple[Flight, ...]
 class _StageGradients:
     """The units of one stage; `buckets` in the order of launching; `counting`: arrivals are counted to launch at once.
 
-    `halves`: the microbatch whose first half of a backward runs, None otherwise. `queued`: its last backward began, and
-    `left` are the units it brings that are reduced after every microbatch.
+    `halves`: the microbatch whose first half of a backward runs, None otherwise; `seconds`: the one whose second half
+    began last. `queued`: its last backward began, and `left` are the units it brings that are reduced after every
+    microbatch.
     """
 
     flights: tuple[Flight, ...]
@@ -45,6 +47,7 @@ class _StageGradients:
     counting: bool = False
     queued: bool = False
     halves: int | None = None
+    seconds: int = NO_MICROBATCH
     left: tuple[Flight, ...] = ()
 
     @property
@@ -144,9 +147,8 @@ class GradientReducer:
         """
         gradients = self._stages[stage]
         counts = Counter(id(self._places[weight][1]) for weight in weights)
+        gradients.seconds = microbatch
         expecting = [flight for flight in gradients.passing if id(flight) in counts]
-        for flight in expecting:
-            flight.take_waiting(microbatch)
         self._begin(gradients, expecting, final)
         if gradients.counting:
             for flight in gradients.flights:
@@ -154,8 +156,12 @@ class GradientReducer:
             self._advance()
 
     def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add a weight's gradient that autograd did not bring."""
+        """Add a weight's gradient that autograd did not bring; before a unit's first, what waited for it.
+
+        No sooner: whole gradients of all units of the stage would be there at once.
+        """
         gradients, flight, index = self._places[weight]
+        flight.take_waiting(gradients.seconds)
         flight.add(index, gradient)
         if gradients.counting:
             self._count(flight)

@@ -2,7 +2,8 @@
 
 A rank's step is a sequence of uses: a forward or a backward of one unit, in the order that the schedule fixes. With the
 future known, the best set of units to keep whole under a cap is known, too: whoever must make room lets go of the unit
-that is used again last (Belady 1966). What is not kept is let go right after its use, and gathered again ahead of the
+that is used again last (Belady 1966). That is best for units of one size; among others letting go of the oldest may be
+better, so the better of both is taken. What is not kept is let go right after its use, and gathered again ahead of the
 next one, as far ahead as the prefetch bucket and the cap allow; one unit may be larger than the bucket.
 """
 
@@ -86,7 +87,8 @@ class _Stay:
 def plan_gathers(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> GatherPlan:
     """The plan of a sequence of uses; `sizes[unit]` in elements. At most `max_live` of them are whole at one time, or as
     many as the use at hand needs."""
-    stays = _stays(uses, sizes, limits)
+    choices = [_stays(uses, sizes, limits, oldest_first=oldest_first) for oldest_first in (False, True)]
+    stays = min(choices, key=lambda stays: sum(sizes[stay.unit] for stay in stays))
     occupied = [0] * len(uses)
     for stay in stays:
         for index in range(stay.first, stay.last + 1):
@@ -108,15 +110,20 @@ def plan_gathers(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits
     )
 
 
-def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> list[_Stay]:
-    """Which unit is whole from when to when, gathered where it is used, in the order of their beginnings."""
+def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits, *, oldest_first: bool) -> list[_Stay]:
+    """Which unit is whole from when to when, gathered where it is used, in the order of their beginnings.
+
+    Room is made by the unit that is used again last, or, `oldest_first`, by the one that was used longest ago.
+    """
     places: dict[int, list[int]] = {}
     for index, use in enumerate(uses):
         for unit in use.units:
             places.setdefault(unit, []).append(index)
     travelled = _travelled(uses, sizes)
     # What is kept leaves room for one unit that is fetched ahead: gathers that nobody waits for beat fewer gathers.
-    kept = limits.max_live - (max(sizes, default=0) if limits.prefetch else 0)
+    kept = limits.max_live
+    if limits.prefetch and sum(sizes) > kept:
+        kept -= max(sizes)
     live: dict[int, _Stay] = {}
     stays: list[_Stay] = []
     live_numel = 0
@@ -125,10 +132,16 @@ def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> l
         later = bisect_right(places[unit], index)
         return places[unit][later] if later < len(places[unit]) else len(uses)
 
+    def worthlessness(unit: int, index: int) -> tuple[int, int]:
+        if not oldest_first:
+            return next_use(unit, index), 0
+        last = live[unit].last
+        return -last, -uses[last].units.index(unit)
+
     for index, use in enumerate(uses):
         missing = [unit for unit in use.units if unit not in live]
         wanted = sum(sizes[unit] for unit in missing)
-        others = sorted((unit for unit in live if unit not in use.units), key=lambda unit: next_use(unit, index))
+        others = sorted((unit for unit in live if unit not in use.units), key=lambda unit: worthlessness(unit, index))
         while others and live_numel + wanted > kept:
             live_numel -= sizes[others[-1]]
             del live[others.pop()]
