@@ -247,7 +247,9 @@ def _rank_memory(
         parameter_bytes, host_bytes, disk_bytes = parameter_bytes - moved, host_bytes + kept, disk_bytes + moved - kept
     window = peaks[1] * element if shards else 0
     if passes:
-        largest = sorted((unit.numel for unit in held), reverse=True)[:BUCKETS]
+        # Without overlap a microbatch's gradients are all there before the first is sent.
+        most = BUCKETS if zero.overlap_comm else len(held)
+        largest = sorted((unit.numel for unit in held), reverse=True)[:most]
         window += sum(largest) * accumulated
     return RankMemory(
         parameters=count,

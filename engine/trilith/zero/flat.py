@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from trilith.errors import TrilithError
 from trilith.models.base import LocalParameter
 from trilith.optim.base import FlatPartition
 from trilith.optim.clip import sum_of_squares
@@ -171,7 +172,13 @@ class FlatUnit:
         missing = torch.full((), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
         for parameter, view in zip(self.parameters, self.weight_views, strict=True):
             parameter.data = missing.expand(view.shape)
-        self.weight.untyped_storage().resize_(0)
+        try:
+            self.weight.untyped_storage().resize_(0)
+        except RuntimeError:
+            raise TrilithError(
+                f"unit {self.layout.name}: its weights cannot be let go, because something outside of torch holds their "
+                "memory (`parameter.numpy()`?). Look at a copy instead: `parameter.detach().clone()`"
+            ) from None
 
     def attach_gradients(self) -> None:
         """Let autograd accumulate into the flat buffer; only where both have one dtype."""
