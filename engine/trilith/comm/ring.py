@@ -228,7 +228,8 @@ class Ring:
                 operation.advance()
         self._settle()
         while self._unposted and self._post(self._unposted[0]):
-            self._unposted.popleft()
+            if self._unposted.popleft().finished:
+                self._settle()
 
     def lacking(self, word: int, least: int) -> Blocker | None:
         """The first other rank whose `word` is below `least`."""

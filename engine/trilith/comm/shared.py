@@ -167,13 +167,17 @@ class _ReduceInTwoSteps(_ReduceAll):
             if ring.lacking(POSTED, number) is not None:
                 return False
             parts = [self._part(place, ring.index) for place in range(len(ring.sides))]
-            _combine_all(parts, self._combine, parts[ring.index])
+            mine = parts[ring.index]
+            _combine_all(parts, self._combine, mine)
+            # Once the others have read it, its place in the ring may be used again.
+            self._output[self._cuts[ring.index] : self._cuts[ring.index + 1]].copy_(mine)
             self._is_reduced = True
             ring.raise_word(self._word, number, REDUCED)
         if ring.lacking(self._word, number) is not None:
             return False
         for place in range(len(ring.sides)):
-            self._output[self._cuts[place] : self._cuts[place + 1]].copy_(self._part(place, place))
+            if place != ring.index:
+                self._output[self._cuts[place] : self._cuts[place + 1]].copy_(self._part(place, place))
         self.finished = True
         return True
 
