@@ -2,7 +2,8 @@
 
 With `async_op=True` a call returns at once: wait for its `Handle` before reading the output or writing the input.
 Reductions on gloo sum element by element in the order of ranks, so results do not depend on offsets or bucket sizes;
-on nccl the order is nccl's. CUDA tensors over gloo (ranks that share a GPU) travel through host memory.
+on nccl the order is nccl's. Ranks of one machine exchange through shared memory what else would go by gloo, with the
+same bits. CUDA tensors over either (ranks that share a GPU) travel through host memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trilith.comm import gloo
+from trilith.comm import gloo, shared
 from trilith.comm.handle import Handle
 from trilith.topology import Group
 
@@ -31,6 +32,11 @@ _LOST_PEER = re.compile(
     r"|no longer connected|remote (peer|process)|peer (closed|exited|rank)|ncclRemoteError|abort(ed)? .*communicator",
     re.IGNORECASE,
 )
+
+
+def _carrier(group: Group) -> Any:
+    """What moves CPU tensors between the ranks of a group whose backend is gloo."""
+    return gloo if group.transport is None else shared
 
 
 def _finished(handle: Handle, async_op: bool) -> Handle:
@@ -89,7 +95,7 @@ def all_reduced(tensor: Tensor, group: Group) -> Tensor:
 def _all_reduce(output: Tensor, input: Tensor, group: Group, op: str) -> Handle:
     if group.backend == "gloo":
         source, target = _host(input), _host_output(output)
-        handle = gloo.all_reduce(target.view(-1), source.view(-1), group, _COMBINES[op])
+        handle = _carrier(group).all_reduce(target.view(-1), source.view(-1), group, _COMBINES[op])
         return _returned(handle, target, output)
     target = output.detach() if output.is_contiguous() else torch.empty_like(output).contiguous()
     if target.data_ptr() != input.data_ptr():
@@ -113,7 +119,7 @@ def all_gather(
         return Handle()
     if group.backend == "gloo":
         source, target = _host(input), _host_output(output)
-        handle = gloo.all_gather(target.view(-1), source.view(-1), group, parts)
+        handle = _carrier(group).all_gather(target.view(-1), source.view(-1), group, parts)
         return _finished(_returned(handle, target, output), async_op)
     flat, mine = output.detach().view(-1), input.detach().view(-1)
     if len(set(parts)) == 1:
@@ -139,7 +145,7 @@ def reduce_scatter(
         return Handle()
     if group.backend == "gloo":
         source, target = _host(input), _host_output(output)
-        handle = gloo.reduce_scatter(target.view(-1), source.view(-1), group, torch.add, parts)
+        handle = _carrier(group).reduce_scatter(target.view(-1), source.view(-1), group, torch.add, parts)
         return _finished(_returned(handle, target, output), async_op)
     flat, mine = input.detach().view(-1), output.detach().view(-1)
     if len(set(parts)) == 1:
@@ -173,7 +179,7 @@ def all_to_all(
     """Send rows of `input` to each rank and write what rank r sent after what the ranks before it sent.
 
     Contiguous tensors of one dtype; `input_rows[r]` rows (of dim 0) go to rank r, `output_rows[r]` come from it.
-    Without them dim 0 is cut into equal parts.
+    Without them (on all ranks alike) dim 0 is cut into equal parts.
     """
     sent = list(input_rows or [len(input) // group.size] * group.size)
     got = list(output_rows or [len(output) // group.size] * group.size)
@@ -182,8 +188,11 @@ def all_to_all(
         return _copied(output, input)
     if group.backend == "gloo":
         source, target = _host(input), _host_output(output)
-        width = prod(input.shape[1:]) * input.element_size()
-        handle = gloo.all_to_all(target, source, group, [n * width for n in got], [n * width for n in sent])
+        if group.transport is not None and input_rows is None and output_rows is None:
+            handle = shared.all_to_all(target.view(-1), source.view(-1), group)
+        else:  # how much others send is known to nobody, so that it cannot be cut into pieces
+            width = prod(input.shape[1:]) * input.element_size()
+            handle = gloo.all_to_all(target, source, group, [n * width for n in got], [n * width for n in sent])
         return _finished(_returned(handle, target, output), async_op)
     work = dist.all_to_all_single(output.detach(), input.detach(), got, sent, group=group.handle, async_op=True)
     return _finished(Handle([work], keep=(output, input)), async_op)
@@ -195,7 +204,7 @@ def broadcast(tensor: Tensor, source_index: int, group: Group, async_op: bool = 
         return Handle()
     if group.backend == "gloo":
         host = _host(tensor)
-        return _finished(_returned(gloo.broadcast(host, source_index, group), host, tensor), async_op)
+        return _finished(_returned(_carrier(group).broadcast(host, source_index, group), host, tensor), async_op)
     host = tensor.detach().contiguous()
     work = dist.broadcast(host, group.ranks[source_index], group=group.handle, async_op=True)
     return _finished(_returned(Handle([work], keep=host), host, tensor), async_op)
@@ -206,7 +215,7 @@ def barrier(group: Group) -> None:
     if group.size == 1:
         return
     if group.backend == "gloo":
-        dist.barrier(group=group.handle)
+        _carrier(group).barrier(group).wait()
     else:
         dist.barrier(group=group.handle, device_ids=[torch.cuda.current_device()])
 
@@ -220,7 +229,7 @@ def send(tensor: Tensor, channel: Group) -> Handle:
     if tensor.numel() == 0:
         return Handle()
     if channel.backend == "gloo":
-        return gloo.broadcast(_host(tensor), 0, channel)
+        return _carrier(channel).broadcast(_host(tensor), 0, channel)
     data = tensor.detach().contiguous()
     return Handle([dist.isend(data, channel.ranks[1], group=channel.handle)], keep=data)
 
@@ -228,14 +237,14 @@ def send(tensor: Tensor, channel: Group) -> Handle:
 def receive(tensor: Tensor, channel: Group) -> Handle:
     """Receive into `tensor`, whose shape and dtype must be those that the source sends; the call does not block.
 
-    The channel's timeout counts from here on gloo, from `wait()` on nccl.
+    The channel's timeout counts from here on gloo, from `wait()` on nccl and in shared memory.
     """
     assert channel.size == 2 and channel.index == 1, f"only the target of {channel.name} can receive"
     if tensor.numel() == 0:
         return Handle()
     if channel.backend == "gloo":
         target = _host_output(tensor)
-        return _returned(gloo.broadcast(target, 0, channel), target, tensor)
+        return _returned(_carrier(channel).broadcast(target, 0, channel), target, tensor)
     target = tensor.detach() if tensor.is_contiguous() else torch.empty_like(tensor).contiguous()
     work = dist.irecv(target, channel.ranks[0], group=channel.handle)
     return _returned(Handle([work], keep=target), target, tensor)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trilith.comm.handle import Handle
+from trilith.comm.handle import Handle, patient
 from trilith.topology import Group
 
 Combine = Callable[..., Tensor]
@@ -35,7 +35,8 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def _post(group: Group, output: Tensor, input: Tensor, got: list[int], sent: list[int]) -> Any:
     """Start an all-to-all; `got` and `sent` count bytes by rank."""
-    return dist.all_to_all_single(as_bytes(output), as_bytes(input), got, sent, group=group.handle, async_op=True)
+    work = dist.all_to_all_single(as_bytes(output), as_bytes(input), got, sent, group=group.handle, async_op=True)
+    return patient(work, group)
 
 
 def _swap(group: Group, received: Tensor, sent: Tensor) -> Any:
@@ -68,9 +69,9 @@ def _tell_all(group: Group, parts: Sequence[Tensor], input: Tensor) -> list[Any]
     peers = [(group.index + step) % group.size for step in range(1, group.size)]
     for peer in peers:
         if parts[peer].numel():
-            works.append(dist.irecv(as_bytes(parts[peer]), group.ranks[peer], group=group.handle))
+            works.append(patient(dist.irecv(as_bytes(parts[peer]), group.ranks[peer], group=group.handle), group))
     for peer in reversed(peers) if input.numel() else ():
-        works.append(dist.isend(as_bytes(input), group.ranks[peer], group=group.handle))
+        works.append(patient(dist.isend(as_bytes(input), group.ranks[peer], group=group.handle), group))
     return works
 
 
@@ -155,4 +156,9 @@ def broadcast(tensor: Tensor, source_index: int, group: Group) -> Handle:
     A channel sends by it too: its group has two ranks and one direction, so that nothing else comes in between.
     """
     work = dist.broadcast(as_bytes(tensor), group.ranks[source_index], group=group.handle, async_op=True)
-    return Handle([work], keep=tensor)
+    return Handle([patient(work, group)], keep=tensor)
+
+
+def barrier(group: Group) -> Handle:
+    """Over once every rank has come to it."""
+    return Handle([patient(dist.barrier(group=group.handle, async_op=True), group)])

@@ -112,9 +112,8 @@ def initialize(
     layout = lay_out(model, full)
     parallel = full.parallel
     degrees = Degrees(parallel.pipeline, parallel.replicate, parallel.data // parallel.replicate)
-    topology = build_topology(
-        degrees, device_of(full), full.parallel.timeout_s, ties=layout.ties, channels=layout.schedule.channels()
-    )
+    channels, shared_memory = layout.schedule.channels(), full.run.shared_memory
+    topology = build_topology(degrees, device_of(full), parallel.timeout_s, layout.ties, channels, shared_memory)
     if topology.rank == 0:
         for note in resolved.notes:
             LOGGER.log(logging.WARNING if note.startswith("pipeline.") else logging.INFO, note)

@@ -78,7 +78,7 @@ def initialize(
     device = device_of(full)
     replicate = full.parallel.replicate
     degrees = Degrees(replicate=replicate, shard=world_size // replicate)
-    topology = build_topology(degrees, device, timeout_s=full.parallel.timeout_s)
+    topology = build_topology(degrees, device, full.parallel.timeout_s, shared_memory=full.run.shared_memory)
     return Engine(model, full, topology, optimizer, lr_scheduler, owns_world=joined)
 
 
