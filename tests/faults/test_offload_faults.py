@@ -18,7 +18,7 @@ from tests.cells import Cell, config
 from tests.faults.test_train_faults import assert_gone
 from trilith import checkpoint
 
-STEPS, SAVE_INTERVAL, FAULT_STEP = 6, 2, 5
+STEPS, SAVE_INTERVAL, FAULT_STEP = 6, 2, 6
 MARK = "TRILITH_TEST_FOLDER"  # tells a run's processes from others
 NO_REST = f"forward:*:{FAULT_STEP}:sleep=2"  # time to damage what the step before wrote
 
@@ -108,7 +108,7 @@ def assert_resumed_as(folder: Path, undisturbed: list[tuple[int, float, float]])
 
 
 def offload_file(process: subprocess.Popen[str], folder: Path) -> Path:
-    """The nameless file of one of the run's ranks, once its fourth step is over."""
+    """The nameless file of one of the run's ranks, once the step before the fault is over, after which none is saved."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step ") and f"{FAULT_STEP - 1}/" in line:
