@@ -247,6 +247,8 @@ def _rank_memory(
     window = peaks[1] * element if shards else 0
     if passes:
         largest = sorted((unit.numel for unit in held), reverse=True)[:BUCKETS]
+        if len(largest) < BUCKETS and schedule.num_microbatches > 1:
+            largest += largest[:1]  # one unit's, of two microbatches
         window += sum(largest) * accumulated
     return RankMemory(
         parameters=count,
