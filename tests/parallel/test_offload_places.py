@@ -19,7 +19,7 @@ from tests.offload_cases import Trace, assert_same_bits, content, kept_on_device
 from tests.parallel.test_pipeline_engine import Case
 from trilith import preflight
 from trilith.trainer import Place, Trainer
-from trilith.zero.placement import Tier
+from trilith.zero.placement import Sized, Tier, place_units
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 MICROBATCHES = 2
@@ -123,6 +123,30 @@ def test_prediction_is_what_ranks_keep(zero: int, tmp_path: Path) -> None:
                 for name, (real, said) in pairs.items():
                     least = 0.5 if name == "window" else 1
                     assert least * said <= real <= 1.4 * said + 1, (name, real, said, optimizer, param, keys)
+
+
+def placed(rank: int, world_size: int, sources: list[dict[str, Any]]) -> list[Any]:
+    """The places of a rank's units, and where they would be if it went by its own part of them, by config."""
+    found = []
+    for source in sources:
+        trainer = Trainer(preflight.plan(source), Place(rank, world_size))
+        trainer.train_step()
+        units, zero = trainer.model.units, trainer.config.zero_optimization
+        alone = place_units([Sized(unit.stop - unit.start, unit.is_sharded) for unit in units], zero)
+        found.append((tuple(unit.placement for unit in units), alone))
+        trainer.close()
+    return found
+
+
+def test_owners_of_whole_tensors_place_units_alike(tmp_path: Path) -> None:
+    """Muon deals out parameters whole: parts differ in size, and each rank alone would offload other units."""
+    plain = content(Cell(data=3, microbatches=2, zero=1), "bf16", "Muon")
+    ratios = [number / 10 for number in range(1, 10)]
+    sources = [offloaded(plain, "cpu", "none", str(tmp_path), ratio=ratio) for ratio in ratios]
+    one, *others = run_ranks(3, placed, sources)
+    for other in others:
+        assert [places for places, _ in other] == [places for places, _ in one]
+    assert any(a != b for other in others for (_, a), (_, b) in zip(other, one, strict=True)), "else it proves nothing"
 
 
 # ---- device "auto" --------------------------------------------------------------------------------------------------
