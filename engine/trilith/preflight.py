@@ -307,8 +307,8 @@ def _require_machine(plan: Plan, local_ranks: int) -> None:
     total = host_memory.total_bytes()
     if section.device != "none" and sum(needed) * share > total:
         rule = (
-            f"puts {human_bytes(int(sum(needed) * share))} of {local_ranks} ranks into the memory of this machine, which "
-            f"has {human_bytes(total)}"
+            f"puts {human_bytes(int(sum(needed) * share))} of {local_ranks} ranks into the memory of this machine, "
+            f"which has {human_bytes(total)}"
         )
         fix = 'Use device "nvme", more machines, or a higher data degree.'
         found.append(Violation(f"{path}.device", section.device, rule, fix))

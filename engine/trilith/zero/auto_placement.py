@@ -7,6 +7,7 @@ ones, and the rest of the device is theirs. Here the unit of placement is ZeRO's
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from trilith import comm
 from trilith.monitor.activations import ActivationMeter
 from trilith.zero.flat import FlatUnit
-from trilith.zero.placement import Placement, Tier, settle
+from trilith.zero.placement import ON_DEVICE, Placement, Tier, UnitBytes, settle
 
 if TYPE_CHECKING:
     from trilith.zero.sharded import ShardedModel
@@ -69,19 +70,27 @@ class FirstSteps:
     def _place(self) -> None:
         """Move up what the limit holds; all ranks that step the same units together decide alike."""
         model = self._model
-        peak = torch.tensor([self._peak_bytes], dtype=torch.float64, device=model.device)
-        for group in (model.topology.dp, model.topology.replicate, model.topology.tp):
-            comm.all_reduce(peak, group, op="max").wait()
-        room = self._limit_bytes - int(peak) - device_bytes(model.memory_bytes())
+        sizes = [_unit_bytes(unit, state) for unit, state in zip(model.units, model.optimizer.state, strict=True)]
+        needed, sizes = self._agree(self._peak_bytes, device_bytes(model.memory_bytes()), sizes)
+        peak = needed[0]
         before = [unit.placement for unit in model.units]
-        states = [_state_bytes(unit, state) for unit, state in zip(model.units, model.optimizer.state, strict=True)]
-        weights = [0 if unit.shard is None else _bytes(unit.shard) for unit in model.units]
-        after = settle(before, states, weights, max(room, 0), self._zero)
+        after = settle(before, sizes, max(self._limit_bytes - sum(needed), 0), self._zero)
         for index, placement in enumerate(after):
             self._move(index, placement)
         model.optimizer.rebind(model.partitions())
         model.offload.regroup()
-        LOGGER.info("%s", describe(model, int(peak), self._limit_bytes))
+        LOGGER.info("%s", describe(model, peak, self._limit_bytes))
+
+    def _agree(self, peak: int, kept: int, sizes: Sequence[UnitBytes]) -> tuple[tuple[int, int], list[UnitBytes]]:
+        """The largest figures of all ranks that step these units together."""
+        topology, numbers = self._model.topology, [peak, kept]
+        for size in sizes:
+            numbers += [size.weights, size.states, size.masters]
+        largest = torch.tensor(numbers, dtype=torch.int64, device=self._model.device)
+        for group in (topology.dp, topology.replicate, topology.tp):
+            comm.all_reduce(largest, group, op="max").wait()
+        peak, kept, *rest = largest.tolist()
+        return (peak, kept), [UnitBytes(*rest[i : i + 3]) for i in range(0, len(rest), 3)]
 
     def _move(self, index: int, placement: Placement) -> None:
         """Bring a unit's parts to the device where `placement` has them and they are not there."""
@@ -89,15 +98,15 @@ class FirstSteps:
         unit, device = model.units[index], model.device
         if placement.weights is Tier.DEVICE and unit.placement.weights is Tier.HOST:
             assert unit.shard is not None
-            shared, unit.shard = not unit.has_master, _up(unit.shard, device)
-            if shared:
-                unit.master = unit.shard
+            unit.shard = _up(unit.shard, device)
+        # Where rounding changes no bit, the module's own weights are the master weights.
+        if placement == ON_DEVICE and unit.master.dtype == unit.weight.dtype:
+            unit.master = unit.own_weight
+        elif placement.states is Tier.DEVICE:
+            unit.master = unit.master.to(device)
         if placement.states is Tier.DEVICE and unit.placement.states is Tier.HOST:
             state = model.optimizer.state[index]
             state.update({role: _up(tensor, device) for role, tensor in state.items()})
-            # Where rounding changes no bit, the module's own weights are the master weights.
-            same = unit.master.dtype == unit.weight.dtype and placement.weights is Tier.DEVICE
-            unit.master = unit.own_weight if same else _up(unit.master, device)
             unit.optimizer_gradient = None
             if not unit.has_whole_gradient:
                 unit.gradient = _up(unit.gradient, device)
@@ -112,12 +121,13 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _state_bytes(unit: FlatUnit, state: dict[str, Tensor]) -> int:
-    """What a unit's states take on the device: moments, master weights that differ from the weights, gradients."""
-    kept = [*state.values(), *([unit.master] if unit.master.dtype != unit.weight.dtype else [])]
-    if not unit.has_whole_gradient:
-        kept.append(unit.gradient)
-    return sum(map(_bytes, kept))
+def _unit_bytes(unit: FlatUnit, state: dict[str, Tensor]) -> UnitBytes:
+    """What a unit's parts take on the device; gradients are where the states are."""
+    states = sum(map(_bytes, state.values())) + (0 if unit.has_whole_gradient else _bytes(unit.gradient))
+    masters = _bytes(unit.master)
+    if unit.master.dtype != unit.weight.dtype:
+        states, masters = states + masters, 0
+    return UnitBytes(0 if unit.shard is None else _bytes(unit.shard), states, masters)
 
 
 def device_bytes(memory: dict[str, int]) -> int:

@@ -23,7 +23,7 @@ from trilith.zero.partition import (
     partition_tensors,
 )
 from trilith.zero.placement import ON_DEVICE, Moved, Placement, Tier
-from trilith.zero.swap import Swapped
+from trilith.zero.swap import State, Swapped
 
 HOST = torch.device("cpu")
 
@@ -152,12 +152,14 @@ class FlatUnit:
     def read_shard(self, target: Tensor) -> None:
         """Copy this rank's part of the weights from host memory or disk to `target` (partition,) on the device."""
         assert self.shard is not None
-        if self.shard_swap is not None:
-            self.shard_swap.wait()
+        swap = self.shard_swap
+        was_open = swap is not None and swap.state is State.PRESENT  # then others may have changed it
+        if swap is not None:
+            swap.wait()
         target.copy_(self.shard, non_blocking=True)
         self.moved.host_to_device += self.shard.numel() * self.shard.element_size()
-        if self.shard_swap is not None:
-            self.shard_swap.drop()
+        if swap is not None and not was_open:
+            swap.drop()
 
     def show(self) -> None:
         """The weights are whole: let the module's parameters be views of them."""
@@ -260,7 +262,8 @@ def make_unit(
         gradient = own(states, policy.grad_accum_dtype)
     master = weight[start:stop] if shard is None else shard
     is_elsewhere = states is not Tier.DEVICE and not keeping.frozen
-    if (policy.master_dtype != policy.param_dtype or is_elsewhere) and not keeping.frozen:
+    is_apart = policy.master_dtype != policy.param_dtype or not states is weights is Tier.DEVICE
+    if is_apart and not keeping.frozen:
         master = own(states, policy.master_dtype)
     views = tuple(buffer_view(weight, place) for place in layout.placed)
     counted = counted_ranges(layout, start, stop)

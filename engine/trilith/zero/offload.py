@@ -63,16 +63,19 @@ class Disk:
 
 
 class Offload:
-    """Brings units together with what of them is elsewhere. `units` are all of a rank's that train.
+    """Brings units together with what of them is elsewhere. `units` are all of a rank's that train, `frozen` its others.
 
     `groups`: indices of units that are updated together, in order, the same on all data ranks.
     """
 
-    def __init__(self, units: Sequence[FlatUnit], zero: Any, disk: Disk, moved: Moved) -> None:
-        self._units, self._disk, self._moved = tuple(units), disk, moved
+    def __init__(
+        self, units: Sequence[FlatUnit], frozen: Sequence[FlatUnit], zero: Any, disk: Disk, moved: Moved
+    ) -> None:
+        self._units, self._all, self._disk, self._moved = tuple(units), (*units, *frozen), disk, moved
         optimizer = zero.offload_optimizer
-        self._reads_ahead, self._writes_behind = optimizer.pipeline_read, optimizer.pipeline_write
-        self._buffers = max(optimizer.buffer_count, 1)
+        others = max(optimizer.buffer_count - 1, 0)  # besides the one at work
+        self._num_writing = others // 2 if optimizer.pipeline_write else 0
+        self._num_reading = others - self._num_writing if optimizer.pipeline_read else 0
         self._writing: deque[Swapped] = deque()
         self._opened: list[Swapped] = []
         self.peak_host_bytes = 0  # of what lives on disk
@@ -111,15 +114,18 @@ class Offload:
             swap = self._units[index].states_swap
             if swap is not None:
                 swap.wait()
-        self._count()
         self._read_from(place + 1)
+        self._count()
 
     def take_away(self, place: int) -> None:
         """Group number `place` is updated and its weights are rounded."""
         for index in self.groups[place]:
             unit = self._units[index]
-            if unit.placement.states is not unit.placement.weights:
+            states, weights = unit.placement.states is Tier.DEVICE, unit.placement.weights is Tier.DEVICE
+            if weights and not states:
                 self._moved.host_to_device += _bytes(unit.own_weight)
+            elif states and not weights:
+                self._moved.device_to_host += _bytes(unit.own_weight)
             for swap in (unit.states_swap, unit.shard_swap):
                 if swap is not None and swap.state is State.PRESENT:
                     self._put(swap)
@@ -127,14 +133,12 @@ class Offload:
     def _put(self, swap: Swapped) -> None:
         swap.put()
         self._writing.append(swap)
-        while len(self._writing) > (self._buffers // 2 if self._writes_behind else 0):
+        while len(self._writing) > self._num_writing:
             self._writing.popleft().settle()
 
     def _read_from(self, place: int) -> None:
         """Begin to read the states of the next groups, as far as buffers go."""
-        if not self._reads_ahead:
-            return
-        room = max(self._buffers // 2, 1)
+        room = self._num_reading
         for group in self.groups[place:]:
             for index in group:
                 swap = self._units[index].states_swap
@@ -161,7 +165,7 @@ class Offload:
     def open_all(self) -> None:
         """Have all units in memory until `put_back`: a checkpoint reads or fills them."""
         self.put_back()
-        for unit in self._units:
+        for unit in self._all:
             self._open([swap for swap in (unit.states_swap, unit.shard_swap) if swap is not None])
 
     def _open(self, swaps: Sequence[Swapped]) -> None:
@@ -179,7 +183,7 @@ class Offload:
                 swap.settle()
 
     def _count(self) -> None:
-        swaps = [s for unit in self._units for s in (unit.states_swap, unit.shard_swap) if s is not None]
+        swaps = [s for unit in self._all for s in (unit.states_swap, unit.shard_swap) if s is not None]
         self.peak_host_bytes = max(self.peak_host_bytes, sum(swap.host_bytes for swap in swaps))
 
     def close(self) -> None:

@@ -128,7 +128,8 @@ class ShardedModel:
         self._materialise(stages, disk, moved)
         self.units = tuple(unit for units in self._units.values() for unit in units)
         self._unit_index = {name: i for i, name in enumerate(self.sharding.unit_names)}
-        self.offload = Offload(self.units, zero, disk, moved)
+        frozen = [unit for units in self._frozen.values() for unit in units]
+        self.offload = Offload(self.units, frozen, zero, disk, moved)
         self.optimizer = self._make_optimizer()
         self.reducer = self._make_reducer(self._units, zero)
         units_of = {index: (*self._units[index], *self._frozen[index]) for index in stages}
@@ -331,7 +332,12 @@ class ShardedModel:
         """Bring the updated weights into the modules of all data ranks; at stage 3 they are gathered when needed."""
         if self.gatherer is not None:
             self.gatherer.invalidate()
-        for handle in self._publish(self.units):
+        handles: list[comm.Handle] = []
+        for unit in self.units:
+            self.offload.open(unit)
+            handles += self._publish([unit])
+        self.offload.put_back()
+        for handle in handles:
             handle.wait()
 
     def _publish(self, units: Iterable[FlatUnit]) -> list[comm.Handle]:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from trilith import comm
 from trilith.models.base import LocalParameter
 from trilith.optim.groups import GroupOf
 from trilith.precision import PrecisionPolicy
@@ -15,7 +18,7 @@ from trilith.zero.gathers import Gatherer
 from trilith.zero.offload import Disk
 from trilith.zero.owners import Owners
 from trilith.zero.partition import UnitLayout, split_small, unit_layouts
-from trilith.zero.placement import Moved, Placement, Tier, place_units
+from trilith.zero.placement import Moved, Sized, Tier, place_units
 from trilith.zero.residency import StageUses, Use, gather_limits
 
 
@@ -60,18 +63,26 @@ class Storage:
     def make_units(self, planned: Sequence[PlannedUnit], disk: Disk, moved: Moved) -> list[FlatUnit]:
         """The units, each where the config puts it."""
         zero, made = self.zero, []
-        owned = [unit.layout.sizes[unit.keeping.rank] for unit in planned]
-        placements = place_units(owned, [not unit.keeping.whole_weight for unit in planned], zero)
+        placements = place_units(self._sizes(planned), zero)
         for number, (unit, placement) in enumerate(zip(planned, placements, strict=True)):
             pinned = self.topology.device.type == "cuda" and zero.offload_optimizer.pin_memory
-            if unit.keeping.frozen:
-                placement = Placement(Tier.DEVICE, placement.weights)
             keeping = replace(unit.keeping, placement=placement, pinned=pinned)
             flat = make_unit(unit.stage, unit.layout, keeping, unit.module, self.topology.device, self.policy)
             flat.moved = moved
             self._swap_out(flat, f"{number}-{unit.layout.name}", disk)
             made.append(flat)
         return made
+
+    def _sizes(self, planned: Sequence[PlannedUnit]) -> list[Sized]:
+        """What is to be placed; an optimizer may deal out tensors unevenly, and tensor ranks hold parts of unequal size."""
+        sizes = torch.tensor(
+            [max(unit.layout.sizes) for unit in planned], dtype=torch.int64, device=self.topology.device
+        )
+        comm.all_reduce(sizes, self.topology.tp, op="max").wait()
+        return [
+            Sized(int(size), not unit.keeping.whole_weight, unit.keeping.frozen)
+            for unit, size in zip(planned, sizes, strict=True)
+        ]
 
     @staticmethod
     def _swap_out(unit: FlatUnit, key: str, disk: Disk) -> None:
