@@ -13,8 +13,8 @@ from tests.cells import MAX_RANKS, Cell, config, reference_config
 from trilith.pipeline.schedules import SCHEDULES
 
 PIPELINE, STEPS = 2, 4
-# What an offload adds to `zero_optimization`.
-OFFLOADS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"none": {}})
+OFFLOADS = ("none", "cpu", "nvme", "auto")
+LIMIT_BYTES = 700_000  # of a rank, with offload auto: some units move to the device after the first steps
 AXES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "schedule": ("1f1b", "interleaved_1f1b", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe_v"),
@@ -26,7 +26,7 @@ AXES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "recompute": ("none", "selective", "full"),
         "clipping": (0.0, 0.5),
         "interval": ("microbatch", "step"),
-        "offload": tuple(OFFLOADS),
+        "offload": OFFLOADS,
     }
 )
 Combination = tuple[tuple[str, Any], ...]
@@ -51,6 +51,8 @@ def fits(values: Mapping[str, Any]) -> bool:
     if values.get("data", 2) * values.get("tensor", 1) * PIPELINE > MAX_RANKS:
         return False
     if values.get("interval") == "step" and values.get("zero", 2) < 2:
+        return False
+    if values.get("offload", "none") != "none" and values.get("zero", 1) == 0:
         return False
     return values.get("microbatches", max(AXES["microbatches"])) >= least
 
@@ -109,11 +111,20 @@ def _cell(values: dict[str, Any]) -> ZeroCell:
     return ZeroCell(Cell(pipeline=PIPELINE, virtual_stages=virtual_stages, dropout=0.1, odd=True, **named), **others)
 
 
-def zero_config(chosen: ZeroCell) -> dict[str, Any]:
-    """The config of a cell: a few steps in fp64; at stage 3 every parameter is sharded, one unit whole at a time."""
+def zero_config(chosen: ZeroCell, directory: str) -> dict[str, Any]:
+    """The config of a cell: a few steps in fp64; at stage 3 every parameter is sharded, one unit whole at a time.
+
+    What is offloaded to disk goes to files in `directory`; at stage 3 weights go where the states do.
+    """
     content = config(chosen.cell, training__steps=STEPS)
     content["gradient_clipping"] = chosen.clipping
-    content["zero_optimization"] |= {"reduce_interval": chosen.interval, **OFFLOADS[chosen.offload]}
+    content["zero_optimization"]["reduce_interval"] = chosen.interval
+    if chosen.offload != "none":
+        path = {"nvme_path": directory} if chosen.offload == "nvme" else {}
+        kinds = ("offload_optimizer", *(["offload_param"] if chosen.cell.zero == 3 else []))
+        content["zero_optimization"] |= {kind: {"device": chosen.offload, **path} for kind in kinds}
+    if chosen.offload == "auto":
+        content["pipeline"]["memory_limit_bytes"] = LIMIT_BYTES
     return content
 
 

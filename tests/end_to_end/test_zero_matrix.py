@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.runs import reference, run, worst_relative
@@ -10,19 +12,19 @@ from tests.zero_cells import STEPS, ZeroCell, covering_cells, every_cell, zero_c
 RTOL = 1e-10
 
 
-def reproduces_one_process(cell: ZeroCell) -> None:
-    curve = run(zero_config(cell))
+def reproduces_one_process(cell: ZeroCell, directory: Path) -> None:
+    curve = run(zero_config(cell, str(directory)))
     assert len(curve) == STEPS
     difference = worst_relative(curve, reference(zero_reference(cell)))
     assert difference <= RTOL, f"{cell}: {difference:.2e}"
 
 
 @pytest.mark.parametrize("cell", covering_cells(), ids=str)
-def test_zero_reproduces_one_process(cell: ZeroCell) -> None:
-    reproduces_one_process(cell)
+def test_zero_reproduces_one_process(cell: ZeroCell, tmp_path: Path) -> None:
+    reproduces_one_process(cell, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", every_cell(), ids=str)
-def test_zero_reproduces_one_process_in_all_threes(cell: ZeroCell) -> None:
-    reproduces_one_process(cell)
+def test_zero_reproduces_one_process_in_all_threes(cell: ZeroCell, tmp_path: Path) -> None:
+    reproduces_one_process(cell, tmp_path)
