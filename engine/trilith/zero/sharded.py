@@ -395,6 +395,9 @@ class ShardedModel:
     def after_load(self) -> None:
         """Bring the modules' weights up to date after the tensors of `state_entries` were filled."""
         self._publish_weights()
+        for unit in self.all_units():
+            if unit.is_frozen and unit.layout.degree > 1 and not unit.is_sharded:
+                comm.all_gather(unit.weight, unit.own_weight, self.topology.dp).wait()
 
     def state_dict(self) -> dict[str, Any]:
         """The scalars that a checkpoint keeps, JSON-able; the same on every rank."""
@@ -412,9 +415,16 @@ class ShardedModel:
 
     def weight_buffers(self) -> list[Tensor]:
         """The flat buffers, in the parameter dtype, that all weights of this rank's stages are views of: every version."""
-        return [unit.weight for unit in self._all_units()]
+        return [unit.weight for unit in self.all_units()]
 
-    def _all_units(self) -> list[FlatUnit]:
+    def whole_units(self) -> Iterator[FlatUnit]:
+        """The units one after the other, each whole while it is given; all data ranks must go through all of them."""
+        for unit in self.all_units():
+            with nullcontext() if self.gatherer is None else self.gatherer.whole([unit]):
+                yield unit
+
+    def all_units(self) -> list[FlatUnit]:
+        """Those that are trained, and frozen ones."""
         return [*self.units, *(unit for units in self._frozen.values() for unit in units)]
 
     def memory_bytes(self) -> dict[str, int]:
@@ -426,7 +436,7 @@ class ShardedModel:
         masters = [unit.master for unit in self.units if unit.has_master]
         moments = [tensor for state in self.optimizer.state for tensor in state.values()]
         return {
-            "parameters": bytes_of([unit.weight if unit.shard is None else unit.shard for unit in self._all_units()]),
+            "parameters": bytes_of([unit.weight if unit.shard is None else unit.shard for unit in self.all_units()]),
             "gradients": bytes_of([unit.gradient for unit in self.units]),
             "optimizer": bytes_of([*masters, *moments]),
             "buffers": self._buffer_bytes,
@@ -439,6 +449,16 @@ class ShardedModel:
         self.reducer.close()
         if self.gatherer is not None:
             self.gatherer.close()
+
+    def leave(self, topology: Topology) -> None:
+        """Remove all hooks and forget the process groups, without a word to other ranks; parted weights stay so.
+
+        `topology`: of a rank with nobody to talk to.
+        """
+        self.reducer.close()
+        self.topology = self.reducer.topology = topology
+        if self.gatherer is not None:
+            self.gatherer.leave(topology.dp)
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
