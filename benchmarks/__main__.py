@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NOT_QUESTIONS = ("__init__", "__main__", "harness", "plain_gpt", "torch_pipelining")
+NOT_QUESTIONS = ("__init__", "__main__", "harness", "plain_gpt", "torch_pipelining", "zero_peers")
 
 
 def main() -> int:

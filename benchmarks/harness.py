@@ -53,9 +53,9 @@ class Benchmark:
     results: list[Result] = field(default_factory=list)
 
     def compare(self, case: str, ours: Callable[[], Any], peer: Callable[[], Any], **about: Any) -> Result:
-        """Time the two in turn (`rounds` pairs after `warmup`), add a row. `about`: peer_name, limit, goal, note."""
+        """Time the two in turn (`rounds` pairs after `warmup`), add a row. `about`: peer_name, limit, goal, note, timed."""
         rounds, warmup = about.pop("rounds", MIN_ROUNDS), about.pop("warmup", 3)
-        pairs = interleave(ours, peer, rounds, warmup)
+        pairs = interleave(ours, peer, rounds, warmup, about.pop("timed", timed))
         low, high, ratio = ratio_interval([a / b for a, b in pairs])
         goal = about.get("goal")
         met = None if goal is None or low <= goal < high else high <= goal
@@ -98,23 +98,30 @@ class Benchmark:
         }
 
 
-def interleave(a: Callable[[], Any], b: Callable[[], Any], rounds: int, warmup: int = 3) -> list[tuple[float, float]]:
-    """Seconds of `a` and `b`, called in turn; which goes first alternates from round to round."""
-    pairs = []
-    for index in range(warmup + rounds):
-        first, second = (a, b) if index % 2 == 0 else (b, a)
-        one, two = _timed(first), _timed(second)
-        if index >= warmup:
-            pairs.append((one, two) if index % 2 == 0 else (two, one))
-    return pairs
-
-
-def _timed(action: Callable[[], Any]) -> float:
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds that `action` takes."""
     synchronize()
     start = time.perf_counter()
     action()
     synchronize()
     return time.perf_counter() - start
+
+
+def interleave(
+    a: Callable[[], Any],
+    b: Callable[[], Any],
+    rounds: int,
+    warmup: int = 3,
+    timed: Callable[[Callable[[], Any]], float] = timed,
+) -> list[tuple[float, float]]:
+    """Seconds of `a` and `b`, called in turn, by `timed`; which goes first alternates from round to round."""
+    pairs = []
+    for index in range(warmup + rounds):
+        first, second = (a, b) if index % 2 == 0 else (b, a)
+        one, two = timed(first), timed(second)
+        if index >= warmup:
+            pairs.append((one, two) if index % 2 == 0 else (two, one))
+    return pairs
 
 
 def synchronize() -> None:
@@ -140,7 +147,7 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
     """The best rate of a square matrix product here and now: the ceiling of anything made of matrix products."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(_timed(lambda: a @ b) for _ in range(12))
+    best = min(timed(lambda: a @ b) for _ in range(12))
     return 2 * size**3 / best
 
 
@@ -155,7 +162,7 @@ def table(results: Sequence[Result]) -> str:
         )
         met = {True: "yes", False: "no", None: "-" if r.goal is None else "open"}[r.met]
         figures = [_figure(r.ours, r.unit), _figure(r.peer, r.unit), ratio, _figure(r.limit, r.unit)]
-        goal = "-" if r.goal is None else f"{r.goal:g}"
+        goal = "-" if r.goal is None else f"{r.goal:.4g}"
         rows.append([r.case, r.metric, *figures, goal, met, r.peer_name, r.note])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -189,9 +196,14 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The options every benchmark has."""
+def option_parser(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark has, for those that have more."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--rounds", type=int, default=MIN_ROUNDS, help=f"paired rounds (default {MIN_ROUNDS})")
-    return parser.parse_args()
+    return parser
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The options every benchmark has, from the command line."""
+    return option_parser(description).parse_args()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,20 @@ class PlainGPT(nn.Module):
             self.norm.bias.copy_(weights["head.norm.bias"])
 
 
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups of all parameters: decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
 class PlainTrainer:
     """The loop a careful user writes by hand: accumulation, clipping, torch's fused AdamW, decay on matrices only."""
 
     def __init__(self, model: PlainGPT, lr: float, weight_decay: float, clip: float) -> None:
         self.model, self.clip = model, clip
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        groups = decay_groups(model, weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=1e-8, fused=True)
 
     def step(self, microbatches: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """One optimizer step; returns (loss, gradient norm before clipping)."""

@@ -78,7 +78,10 @@ LAYOUTS = tuple((d, p, t) for d, p, t in itertools.product(range(1, 9), repeat=3
 
 
 def allowed(values: dict[str, Any]) -> bool:
-    """Whether a (partial) choice of values can be completed to a cell that means something."""
+    """Whether a (partial) choice of values can be completed to a cell that means something.
+
+    Gradients and weights are partitioned only over several data ranks, so stages 2 and 3 ask for them.
+    """
     name, virtual_stages = values.get("schedule", ("zb_h2", 1))
     virtual, sequence_parallel = virtual_stages > 1, values.get("sequence_parallel", False)
     pipeline = values.get("pipeline", 2 if virtual else 1)
@@ -87,9 +90,11 @@ def allowed(values: dict[str, Any]) -> bool:
     if microbatches < least[0] or (microbatches == MANY and least[-1] <= 8):
         return False
     tensor = values.get("tensor", 2 if sequence_parallel else 1)
-    if values.get("data", 1) * pipeline * tensor > MAX_RANKS:
+    shards = values.get("zero", 0) >= 2
+    data = values.get("data", 2 if shards else 1)
+    if data * pipeline * tensor > MAX_RANKS:
         return False
-    return not (virtual and pipeline == 1) and not (sequence_parallel and tensor == 1)
+    return not ((virtual and pipeline == 1) or (sequence_parallel and tensor == 1) or (shards and data == 1))
 
 
 def _cell(values: dict[str, Any]) -> Cell:
@@ -102,7 +107,7 @@ def _pairs(values: dict[str, Any]) -> Iterator[tuple[tuple[str, Any], tuple[str,
     yield from itertools.combinations(sorted(classes, key=lambda item: item[0]), 2)
 
 
-def covering_array(seed: int = 7) -> list[Cell]:
+def covering_array(seed: int = 5) -> list[Cell]:
     """Cells that cover every layout and every allowed pair of axis values, greedily; the same list every time."""
     draw = random.Random(seed)
     fewer = {"schedule": COMMON, "microbatches": (1, 3, 4, 5, 8)}

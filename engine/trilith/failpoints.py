@@ -31,6 +31,7 @@ REGISTERED = frozenset(
         "checkpoint_write",
         "checkpoint_publish",
         "checkpoint_load",
+        "offload_reserve",
         "offload_write",
         "offload_read",
     )

@@ -10,10 +10,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 _STATM = Path("/proc/self/statm")
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _SLACK_BYTES = 128 << 20
+
+
+def total_bytes() -> int:
+    """The memory of this machine, or what its container may use of it."""
+    found = psutil.virtual_memory().total
+    for path in _LIMITS:
+        with suppress(OSError, ValueError):
+            found = min(found, int(path.read_text()))
+    return found
 
 
 class HostMemory:

@@ -65,7 +65,10 @@ def measure(plan: Plan, place: Place) -> Measured:
     """
     schedule = measuring_schedule(plan.units, plan.degrees.pipeline)
     timeout_s = plan.config.parallel.timeout_s
-    topology = build_topology(plan.degrees, place.device, timeout_s, channels=schedule.channels())
+    shared_memory = plan.config.run.shared_memory
+    topology = build_topology(
+        plan.degrees, place.device, timeout_s, channels=schedule.channels(), shared_memory=shared_memory
+    )
     rows, transfer_s = _Measurement(plan, schedule, topology).run()
     everyone = comm.gather_objects((list(rows.items()), transfer_s), topology.control)
     gc.collect()

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from trilith import host_memory
 from trilith.config import Config, Resolved, load_config, resolve
 from trilith.config.base import AUTO
 from trilith.data.batch import check_data, open_batches
-from trilith.errors import ConfigError, DataError, Violation
+from trilith.errors import ConfigError, DataError, OffloadError, Violation
 from trilith.models.activations import ActivationBytes, boundary_bytes, stage_activations
 from trilith.models.base import UnitDecl, num_parameters, stage_parameters, train_flops_per_token
 from trilith.models.families import declare, rules
@@ -39,6 +40,7 @@ from trilith.pipeline.simulate import Simulation, simulate
 from trilith.topology import Degrees, PlannedGroup, group_plan
 from trilith.zero import budget as zero
 from trilith.zero.budget import rank_memories, whole_gradients, with_gathers
+from trilith.zero.disk_file import disk_budget
 from trilith.zero.partition import tied_flat_units
 from trilith.zero.residency import GatherPlan
 
@@ -149,6 +151,7 @@ def plan(
     try:
         found = _plan(resolved, measured)
         _require_memory(found)
+        _require_machine(found, local_ranks or found.world_size)
     except ConfigError as error:
         provenance = resolved.config.provenance
         raise ConfigError(provenance.locate(error.violations), provenance.source) from None
@@ -290,6 +293,40 @@ def _require_memory(plan: Plan) -> None:
     )
     fix = 'Raise it, set pipeline.schedule to "auto", or use more ranks, smaller microbatches or recompute.'
     raise ConfigError([Violation(LIMIT_KEY, limit, rule, fix)])
+
+
+def _require_machine(plan: Plan, local_ranks: int) -> None:
+    """Refuse to offload more than this machine's memory and disk hold for `local_ranks` ranks."""
+    zero = plan.config.zero_optimization
+    on_host = plan.config.run.device == "cpu"
+    needed = [m.host_bytes + (m.total_bytes if on_host else 0) for m in plan.memory]
+    share, found = local_ranks / len(plan.memory), list[Violation]()
+    path, section = "zero_optimization.offload_optimizer", zero.offload_optimizer
+    if section.device == "none":
+        path, section = "zero_optimization.offload_param", zero.offload_param  # type: ignore[assignment]
+    total = host_memory.total_bytes()
+    if section.device != "none" and sum(needed) * share > total:
+        rule = (
+            f"puts {human_bytes(int(sum(needed) * share))} of {local_ranks} ranks into the memory of this machine, "
+            f"which has {human_bytes(total)}"
+        )
+        fix = 'Use device "nvme", more machines, or a higher data degree.'
+        found.append(Violation(f"{path}.device", section.device, rule, fix))
+    for name, offload in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
+        if offload.device != "nvme" or offload.nvme_path is None:
+            continue
+        key = f"zero_optimization.{name}.nvme_path"
+        try:
+            free = disk_budget(offload.nvme_path)
+        except OffloadError as error:
+            found.append(Violation(key, offload.nvme_path, str(error), "Name a directory that exists."))
+            continue
+        wanted = sum(m.disk_bytes for m in plan.memory) * share
+        if wanted > free:
+            rule = f"has {human_bytes(free)} free, but {local_ranks} ranks put {human_bytes(int(wanted))} there"
+            found.append(Violation(key, offload.nvme_path, rule, "Free some, or name another disk."))
+    if found:
+        raise ConfigError(found)
 
 
 def _data_problems(config: Config) -> list[Violation]:

@@ -1,7 +1,8 @@
 """Makes the process groups that `topology.py` lists: joining the world, building a `Topology`, leaving.
 
 The default group is gloo over all ranks: it is the control group, for objects, barriers and agreement. Groups over axes
-are nccl where every rank has a GPU of its own, else gloo. Only the ranks of a group take part in making it.
+are nccl where every rank has a GPU of its own, else gloo, with shared memory in its place within a machine. Only the
+ranks of a group take part in making it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from trilith.comm.meeting import share_memory
 from trilith.errors import TopologyError
 from trilith.topology import (
     NO_TIES,
@@ -85,11 +87,13 @@ def build_topology(
     timeout_s: float,
     ties: Ties = NO_TIES,
     channels: Iterable[tuple[int, int]] = (),
+    shared_memory: bool = True,
 ) -> Topology:
     """Make this rank's groups. All ranks must call it with the same arguments (`device` aside), in the same order.
 
     `timeout_s` limits every wait on a group. `ties` and `channels` as in `topology.steps_of`. With world size 1 no
-    process group is needed, nor made.
+    process group is needed, nor made. `shared_memory`: ranks of one machine exchange CPU tensors through memory, where
+    the system lets them, instead of by gloo.
 
     Raises TopologyError if the degrees do not fill the world, or there is no world to build it in.
     """
@@ -118,6 +122,9 @@ def build_topology(
             groups[planned.name] = _make(planned, rank, backend, timeout)
     if backend == "nccl":
         _connect(groups.values(), device)
+    elif shared_memory:
+        groups = share_memory({"control": control, **groups}, timeout_s)
+        control = groups.pop("control")
     found = {pair: groups.pop(channel_name(*pair), None) for pair in channels}
     mine = {pair: group for pair, group in found.items() if group is not None}
     return Topology(degrees, rank, device, control, MappingProxyType(groups), MappingProxyType(mine), ties)

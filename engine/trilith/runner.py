@@ -326,16 +326,50 @@ class Run:
         if not self.is_writer or self.trace is None:
             return
         self.trace.write(self.directory)
-        categories = {name: [rank[name] for rank in everyone] for name in mine}
+        # Ranks whose units lie elsewhere have other categories.
+        names = dict.fromkeys(name for rank in everyone for name in rank)
+        categories = {name: [rank.get(name, 0) for rank in everyone] for name in names}
         try:
             steps, evaluations = report.read_metrics(self.directory / "metrics.jsonl")
         except (OSError, ValueError) as error:
             print(f"warning: no report: metrics.jsonl cannot be read: {error}", file=sys.stderr)
             return
         panels = [report.loss_panel(steps, evaluations), *_timeline_panels(self.trace), report.memory_panel(categories)]
-        tables = {**_timeline_tables(self.trace), "Memory per rank by category": report.memory_rows(categories)}
+        tables = {
+            **_timeline_tables(self.trace),
+            "Memory per rank by category": report.memory_rows(categories),
+            "Memory per rank beside the plan's prediction (without padding)": self._memory_beside_plan(categories),
+        }
         report.write(self.directory, report.Report(str(self.directory), self._figures(steps), panels, tables))
         print(f"report {self.directory / 'report.html'}", flush=True)
+
+    def _memory_beside_plan(self, measured: Mapping[str, list[int]]) -> list[list[str]]:
+        """By rank, what the report's tables call the categories of the plan; of what is elsewhere, all together."""
+        ranks = range(self.control.size)
+        tiers = {
+            tier: [
+                sum(
+                    counts[rank]
+                    for name, counts in measured.items()
+                    if name.startswith(f"{tier}_") and name != "host_swap"
+                )
+                for rank in ranks
+            ]
+            for tier in ("host", "disk")
+        }
+        plan, topology = self.trainer.plan, self.trainer.topology
+        rows = [plan.memory[topology.degrees.dense.coordinate(rank, "pp")] for rank in ranks]
+        predicted = {
+            "parameters": [row.parameter_bytes for row in rows],
+            "gradients": [row.gradient_bytes for row in rows],
+            "optimizer": [row.optimizer_bytes for row in rows],
+            "rollback": [row.rollback_bytes for row in rows],
+            "gather_window": [row.window_bytes for row in rows],
+            "activations": [row.activation_bytes for row in rows],
+            "host": [row.host_bytes for row in rows],
+            "disk": [row.disk_bytes for row in rows],
+        }
+        return report.compared_rows({**measured, **tiers}, predicted)
 
     def _figures(self, steps: Sequence[dict[str, Any]]) -> dict[str, str]:
         """The headline figures of the report."""

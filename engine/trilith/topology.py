@@ -8,7 +8,7 @@ Gradients reduce, and ZeRO partitions, over `dp` = shard x cp. `process_groups.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -285,6 +285,8 @@ class Group:
 
     `index` is this rank's place in `ranks` (ascending, but (source, target) for a channel). `handle` is the torch
     process group, None when the group has one rank: then there is no communication. `backend`: gloo or nccl.
+    `transport`: where the ranks share memory, what carries their CPU tensors instead of gloo (a `comm.ring.Ring`).
+    `meanwhile`: what a rank that waits for gloo does for the groups that share memory; false if that is nothing.
     """
 
     name: str
@@ -292,6 +294,8 @@ class Group:
     index: int
     handle: Any | None = None
     backend: str = "gloo"
+    transport: Any | None = field(default=None, compare=False, repr=False)
+    meanwhile: Callable[[], bool] | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:

@@ -74,11 +74,14 @@ class Trainer:
         self.failpoints = failpoints or Failpoints()
         self.failpoints.hit("build")
         timeout_s, channels = self.config.parallel.timeout_s, plan.schedule.channels()
-        self.topology = build_topology(plan.degrees, place.device, timeout_s, ties=plan.ties, channels=channels)
+        shared_memory = self.config.run.shared_memory
+        self.topology = build_topology(plan.degrees, place.device, timeout_s, plan.ties, channels, shared_memory)
         self.policy = PrecisionPolicy.from_config(self.config)
         self.stages = build.build_stages(self.config, plan.stages, plan.schedule, self.topology, self.policy)
-        sharding = replace(sharding_of(self.config), whole_gradients=plan.whole_gradients)
-        self.model = make_model(plan.schedule, self.stages, self.topology, self.policy, self.config, sharding)
+        sharding = replace(sharding_of(self.config, self.topology.tp), whole_gradients=plan.whole_gradients)
+        self.model = make_model(
+            plan.schedule, self.stages, self.topology, self.policy, self.config, sharding, self.failpoints
+        )
         build.initialise(self.model, self.stages, self.policy, self.config.training.seed)
         self.pipeline = {
             index: PipelineStage(

@@ -101,6 +101,7 @@ def test_the_report_shows_measured_beside_predicted(traced: Path) -> None:
     for name, bubble in (("measured", trace.measured.bubble), ("predicted", trace.predicted_bubble)):
         assert re.search(rf"<td>{name}</td><td>[^<]*</td><td>{bubble:.1%}</td>", html)
     assert "Measured - simulated makespan" in html and "µs: rank" in html
+    assert "parameters: measured / predicted" in html and "activations: measured / predicted" in html
 
 
 def test_the_command(traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +157,7 @@ def test_steps_that_run_into_each_other(
 def test_kept_activations_are_counted(traced: Path) -> None:
     """Rank 0 keeps two microbatches of half the model, rank 1 one and its weight gradients' inputs: none is nothing."""
     html = (traced / "report.html").read_text(encoding="utf-8")
-    table = html[html.index("Memory per rank by category") :]
+    table = html[html.index("Memory per rank by category") :].partition("</table>")[0]
     head = re.findall(r"<th>([^<]*)</th>", table)
     cells = [re.findall(r"<td>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
     assert head[0] == "rank" and [row[0] for row in cells] == ["0", "1"]

@@ -252,6 +252,63 @@ def uneven(rank: int, group: Group, device: str) -> None:
     assert torch.equal(got.cpu(), torch.cat(expected))
 
 
+def unequal_parts(world_size: int) -> list[list[int]]:
+    """Numbers of elements by rank: empty parts first, last and in between, one rank with all, large ones, equal ones."""
+    large = gloo.COPY_BYTES // 8 // world_size
+    cases = [[(3 * r) % 5 for r in range(world_size)], [4] * world_size, [0] * world_size]
+    for most in range(world_size):
+        cases.append([7 if r == most else 0 for r in range(world_size)])
+        cases.append([0 if r == most else 5 + r for r in range(world_size)])
+        cases.append([large + 3 if r == most else 1 + 2 * r for r in range(world_size)])
+        cases.append([0 if r == most else large * 2 + r for r in range(world_size)])
+    return cases
+
+
+def unequal(rank: int, world_size: int, device: str) -> None:
+    """Gathers and sums of unequal parts, in place or not; sums are bitwise those of an all-reduce."""
+    group = group_of_all(world_size, device)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for sizes in unequal_parts(world_size):
+            stops = torch.tensor(sizes).cumsum(0).tolist()
+            own = slice(stops[rank] - sizes[rank], stops[rank])
+            rows = [values(r, (stops[-1],), dtype) for r in range(world_size)]
+            expected = torch.cat([row.split(sizes)[r] for r, row in enumerate(rows)])
+            gathered = torch.full((stops[-1],), torch.nan, dtype=dtype, device=device)
+            comm.all_gather(gathered, rows[rank][own].to(device), group, sizes)
+            assert torch.equal(gathered.cpu(), expected), (dtype, sizes)
+            gathered = rows[rank].clone().to(device)
+            comm.all_gather(gathered, gathered[own], group, sizes, async_op=True).wait()
+            assert torch.equal(gathered.cpu(), expected), (dtype, sizes)
+
+            total = rows[rank].clone().to(device)
+            comm.all_reduce(total, group)
+            output = torch.full((sizes[rank],), torch.nan, dtype=dtype, device=device)
+            comm.reduce_scatter(output, rows[rank].to(device), group, sizes)
+            assert torch.equal(output, total[own]), (dtype, sizes)
+            assert torch.equal(output.cpu(), in_rank_order(rows)[own])
+            within = rows[rank].clone().to(device)
+            comm.reduce_scatter(within[own], within, group, sizes, async_op=True).wait()
+            assert torch.equal(within[own], total[own]), (dtype, sizes)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_unequal_parts(world_size: int) -> None:
+    run_ranks(world_size, unequal, "cpu")
+
+
+@pytest.mark.gpu
+def test_unequal_parts_on_cuda() -> None:
+    run_ranks(3, unequal, "cuda", device="cuda")
+
+
+def test_parts_that_do_not_fit_are_named() -> None:
+    alone = Group("dp", (0,), 0)
+    with pytest.raises(AssertionError, match=r"all_gather: parts \[2\] do not fit \(3,\) on rank 0 of 1"):
+        comm.all_gather(torch.zeros(3), torch.zeros(3), alone, [2])
+    with pytest.raises(AssertionError, match=r"reduce_scatter: \(4,\) torch.float32 must hold parts \[3\]"):
+        comm.reduce_scatter(torch.zeros(3), torch.zeros(4), alone, [3])
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_collectives(world_size: int) -> None:
     run_ranks(world_size, plain, "cpu")

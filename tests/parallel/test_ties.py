@@ -108,7 +108,7 @@ def expected(data: int) -> tuple[list[float], dict[str, Tensor]]:
     return norms, weights
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("placement", [PLACEMENT, (0, 0, 1, 1), (0, 0, 0, 0), (0, 1, 2, 0)], ids=str)
 def test_every_copy_gets_the_sum_of_all(placement: tuple[int, ...], data: int, zero: int) -> None:

@@ -1,4 +1,4 @@
-"""ZeRO 0 and 1 on several ranks against one process, in float64: values, norms, skips, and what must not matter."""
+"""ZeRO 0 to 2 on several ranks against one process, in float64: values, norms, skips, and what must not matter."""
 
 from __future__ import annotations
 
@@ -158,6 +158,7 @@ def train(model: ShardedModel, toy: Toy, case: Case, steps: range) -> list[tuple
             if step == case.poisoned_step and dp.index == dp.size - 1:
                 loss = loss * float("inf")
             (loss.float() if case.dtype == "fp16" else loss).mul(model.loss_scale).backward()
+            stage.end_backward(index, index == case.microbatches - 1)
         stage.reduce(NO_MICROBATCH)
         outcome = model.step(LR)
         outcomes.append((outcome.grad_norm, outcome.skipped, outcome.loss_scale))
@@ -210,7 +211,7 @@ def check_against_reference(case: Case, results: list[dict[str, Any]], rtol: flo
         assert_close_named(pairs, rtol=rtol, atol=1e-13)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_equals_one_process(world_size: int, stage: int) -> None:
     case = Case(stage=stage, clipping=0.7, tied=world_size % 2 == 0, frozen=world_size == 3)
@@ -224,7 +225,7 @@ def test_equals_one_process(world_size: int, stage: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_equals_one_process_on_cuda(world_size: int, stage: int) -> None:
     case = Case(stage=stage, clipping=0.7, microbatches=2, device="cuda")
@@ -238,6 +239,8 @@ def test_equals_one_process_on_cuda(world_size: int, stage: int) -> None:
         Case(microbatches=2, overlap=False, frozen=True),
         Case(microbatches=6, stage=0, tied=True, clipping=100.0),
         Case(microbatches=2, bucket=10**9, tied=True, clipping=0.1),
+        Case(microbatches=3, stage=2, tied=True, clipping=0.1),
+        Case(microbatches=2, stage=2, overlap=False, frozen=True),
     ],
     ids=str,
 )
@@ -269,7 +272,7 @@ def test_hooks_exist_only_where_they_are_needed() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_lower_precision_follows_the_reference(stage: int, dtype: str) -> None:
     case = Case(stage=stage, dtype=dtype, microbatches=2, clipping=0.7)
     weights, norms = reference(case)
@@ -280,7 +283,7 @@ def test_lower_precision_follows_the_reference(stage: int, dtype: str) -> None:
             assert float((result["weights"][name].double() - weight).abs().max()) < limit, name
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_one_overflow_anywhere_skips_the_step_everywhere(stage: int) -> None:
     case = Case(stage=stage, dtype="fp16", poisoned_step=1)
     results = run_ranks(2, on_ranks, case)
@@ -304,12 +307,13 @@ def test_bytes_are_counted() -> None:
     toy = Toy(False, "meta", torch.float32)
     num_parameters = sum(p.numel() for p in toy.parameters())
     for dtype, weight, moments in (("fp32", 4, 8), ("bf16", 2, 12)):
-        for stage, shards in ((0, 1), (1, 4)):
+        for stage, shards in ((0, 1), (1, 4), (2, 4)):
             memory = run_ranks(4, on_ranks, Case(stage=stage, dtype=dtype))[3]["memory"]
             # The rest is padding: to 16 elements for each parameter, to 64 for each unit.
             slack = 16 * len(list(toy.parameters())) + 64 * (BLOCKS + 3)
             assert 0 <= memory["parameters"] - weight * num_parameters <= weight * slack
-            assert 0 <= memory["gradients"] - 4 * num_parameters <= 4 * slack
+            whole = num_parameters / (shards if stage == 2 else 1)
+            assert 0 <= memory["gradients"] - 4 * whole <= 4 * slack
             assert 0 <= memory["optimizer"] - moments * num_parameters / shards <= moments * slack / shards
 
 
@@ -334,7 +338,7 @@ def resume_on_ranks(rank: int, world_size: int, case: Case) -> bool:
     return all(torch.equal(a, b) for a, b in zip(toy.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("case", [Case(stage=0, dtype="fp16"), Case(stage=1, dtype="bf16"), Case(dtype="fp64")])
+@pytest.mark.parametrize("case", [Case(stage=0, dtype="fp16"), Case(stage=2, dtype="bf16"), Case(dtype="fp64")])
 def test_saved_state_continues_bit_for_bit(case: Case) -> None:
     assert all(run_ranks(2, resume_on_ranks, replace(case, clipping=0.5, frozen=True)))
 
@@ -352,7 +356,7 @@ def gradients_on_ranks(rank: int, world_size: int, case: Case) -> dict[str, Any]
     return {"gradients": found, "norms": [norm, outcome.grad_norm]}
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_reduced_gradients_can_be_looked_at_before_the_step(stage: int) -> None:
     toy = Toy(False, "cpu", torch.float64)
     with torch.no_grad():

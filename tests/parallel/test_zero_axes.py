@@ -209,7 +209,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda d: f"d{d.shard}p{d.pipeline}t{d.tensor}")
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_shared_heads_norms_and_ties_equal_one_process(stage: int, degrees: Degrees) -> None:
     weights, norms = expected(degrees)
     results = run_ranks(degrees.world_size, on_ranks, degrees, stage)

@@ -24,7 +24,8 @@ DEEPSPEED_KEYS = {
     "weight_quantization quantize_training hybrid_engine nebula datastates_ckpt",
     "timers.": "throughput",
     "optimizer.": "type params legacy_fusion",
-    "optimizer.params.": "max_grad_norm lr betas eps weight_decay adam_w_mode torch_adam bias_correction amsgrad",
+    "optimizer.params.": "max_grad_norm lr betas eps weight_decay adam_w_mode torch_adam bias_correction amsgrad "
+    "max_coeff min_coeff eps_inside_sqrt momentum muon_lr adam_lr ns_method per_head_muon",
     "scheduler.": "type params",
     "scheduler.params.": "warmup_min_lr warmup_max_lr warmup_num_steps warmup_type last_batch_iteration "
     "total_num_steps warmup_min_ratio cos_min_ratio",
@@ -106,7 +107,7 @@ def test_every_verdict_says_why() -> None:
 def test_ignored_keys_leave_a_note(row: Any) -> None:
     source = small(**nested(row.path, {}))
     if row.path.startswith(("optimizer", "scheduler")):
-        source["optimizer"] = {"type": "Adam", "params": {"lr": 0.1, "torch_adam": True}}
+        source["optimizer"] = {"type": "Adam", "params": {"lr": 0.1, row.path.rpartition(".")[2]: True}}
     _, notes = accepted(source)
     assert f"{row.path}: ignored: {row.why}" in notes
 

@@ -441,6 +441,17 @@ def test_report_makes_both_files(tmp_path: Path) -> None:
     assert "<script" not in text and "http" not in text, "the report needs no network"
 
 
+def test_memory_beside_the_prediction() -> None:
+    """A category that a rank does not have is nothing; one that nobody has is left out."""
+    measured = {"parameters": [1024, 3072], "host": [0, 2048], "rollback": [0, 0]}
+    rows = report.compared_rows(
+        measured, {"parameters": [1024, 2048], "host": [0, 2048], "rollback": [0, 0], "disk": [0, 0]}
+    )
+    assert rows[0] == ["rank", "parameters: measured / predicted", "host: measured / predicted"]
+    assert rows[1] == ["0", f"{human_bytes(1024)} / {human_bytes(1024)} (1.00)", f"{human_bytes(0)} / {human_bytes(0)}"]
+    assert rows[2][1].endswith("(1.50)") and rows[2][2].endswith("(1.00)")
+
+
 def test_a_run_without_evaluations_has_a_report(tmp_path: Path) -> None:
     report.write(tmp_path, report.Report("run", {}, [report.loss_panel([STEP.to_json()], [])], {}))
     assert (tmp_path / "report.png").exists() and (tmp_path / "report.html").exists()

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from trilith.config import load_config, resolve
+from trilith.optim import base
+from trilith.optim.adagrad import Adagrad, AdagradOptions
 from trilith.optim.adamw import Adam, AdamOptions
 from trilith.optim.base import FlatPartition, Optimizer
 from trilith.optim.clip import clip_factor, sum_of_squares
 from trilith.optim.groups import Segment, multipliers
+from trilith.optim.lion import Lion, LionOptions
 from trilith.optim.make import make_optimizer
 from trilith.optim.sgd import SGD, SGDOptions
 
@@ -59,6 +62,22 @@ def plain_sgd(p: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float,
         state["b"] = g.clone() if t == 1 else o.momentum * state["b"] + (1 - o.dampening) * g
         g = g + o.momentum * state["b"] if o.nesterov else state["b"]
     p -= lr * g
+
+
+def plain_lion(p: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, decay: float, o: LionOptions) -> None:
+    """Chen et al. 2023, algorithm 2."""
+    m = state.setdefault("m", torch.zeros_like(p))
+    direction = (o.betas[0] * m + (1 - o.betas[0]) * g).sign()
+    p -= lr * (direction + decay * p)
+    m.mul_(o.betas[1]).add_((1 - o.betas[1]) * g)
+
+
+def plain_adagrad(p: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, decay: float, o: Any) -> None:
+    """torch.optim.Adagrad's formula."""
+    g = g + decay * p
+    total = state.setdefault("sum", torch.full_like(p, o.initial_accumulator_value))
+    total += g * g
+    p -= lr / (1 + (t - 1) * o.lr_decay) * g / (total.sqrt() + o.eps)
 
 
 def run(optimizer: Optimizer, parts: list[FlatPartition], plain: Any, options: Any, scale: float) -> float:
@@ -112,6 +131,48 @@ def test_sgd(options: SGDOptions, scale: float) -> None:
         assert optimizer.state_roles == (("momentum_buffer",) if options.momentum else ())
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.7])
+@pytest.mark.parametrize("batch_numel", [1, 30, 1 << 24])
+def test_lion_and_adagrad(batch_numel: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "BATCH_NUMEL", batch_numel)
+    lion = LionOptions((0.8, 0.95), 0.3)
+    adagrad = AdagradOptions(eps=1e-6, weight_decay=0.3, lr_decay=0.1, initial_accumulator_value=0.2)
+    for dtype, grad_dtype, limit in (
+        (torch.float64, torch.float64, 1e-14),
+        (torch.float32, torch.float32, 2e-6),
+        (torch.float32, torch.bfloat16, 2e-6),
+    ):
+        parts = partitions(dtype, grad_dtype)
+        assert run(Lion(parts, lion), parts, plain_lion, lion, scale) < limit
+        parts = partitions(dtype, grad_dtype)
+        assert run(Adagrad(parts, adagrad), parts, plain_adagrad, adagrad, scale) < limit
+
+
+def test_adagrad_is_torchs() -> None:
+    parts = partitions(torch.float64, sizes=(9,))
+    theirs = torch.nn.Parameter(parts[0].parameter.clone())
+    plain = torch.optim.Adagrad([theirs], lr=0.1, lr_decay=0.2, initial_accumulator_value=0.3, eps=1e-7)
+    ours = Adagrad(parts, AdagradOptions(1e-7, 0.0, 0.2, 0.3))
+    parts[0] = FlatPartition("u", parts[0].parameter, parts[0].gradient, (Segment(0, 9, GROUPS[0]),))
+    ours.rebind(parts)
+    for step in range(5):
+        fill_gradients(parts, step)
+        theirs.grad = parts[0].gradient.clone()
+        ours.step(0.1)
+        plain.step()
+    assert torch.allclose(parts[0].parameter, theirs, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Adam, SGD, Lion, Adagrad])
+def test_gradients_change_only_where_there_is_a_scale(kind: Any) -> None:
+    options = {Adam: AdamOptions(), SGD: SGDOptions(0.9), Lion: LionOptions(), Adagrad: AdagradOptions(1e-8, 0.1)}
+    parts = partitions(torch.float32)
+    fill_gradients(parts, 0)
+    before = [part.gradient.clone() for part in parts]
+    kind(parts, options[kind]).step(0.1)
+    assert all(torch.equal(part.gradient, old) for part, old in zip(parts, before, strict=True))
+
+
 def test_the_same_steps_give_the_same_bits() -> None:
     results = []
     for _ in range(2):
@@ -162,6 +223,10 @@ def test_make_optimizer_says_which_decay_is_meant() -> None:
     assert l2.options == AdamOptions((0.9, 0.95), 1e-8, 0.1, False, True)
     sgd = made({"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9, "nesterov": True}})
     assert isinstance(sgd, SGD) and sgd.options == SGDOptions(0.9, 0.0, True, 0.0)
+    lion = made({"type": "lion", "params": {"lr": "auto", "weight_decay": 0.1}})
+    assert isinstance(lion, Lion) and lion.options == LionOptions((0.9, 0.99), 0.1)
+    adagrad = made({"type": "ADAGRAD", "params": {"lr": 1e-2, "eps": 1e-8, "lr_decay": 0.5}})
+    assert isinstance(adagrad, Adagrad) and adagrad.options == AdagradOptions(1e-8, 0.0, 0.5, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

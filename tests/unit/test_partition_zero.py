@@ -20,6 +20,7 @@ from trilith.models.base import (
 )
 from trilith.optim.groups import GroupKey, multipliers
 from trilith.sharding import Box, copies, whole
+from trilith.zero.owners import Owners
 from trilith.zero.partition import (
     UnitLayout,
     counted_ranges,
@@ -27,6 +28,7 @@ from trilith.zero.partition import (
     partition_range,
     partition_segments,
     partition_specs,
+    partition_tensors,
     tied_flat_units,
     unit_layouts,
     with_copies,
@@ -258,3 +260,121 @@ def test_ties_and_names_come_from_the_declarations() -> None:
     assert flat_unit_names([first, last]) == ("tied", "head")
     assert tied_flat_units([first, last]) == {"tied"}
     assert tied_flat_units([first]) == frozenset()
+
+
+# ------------------------------------------------------------------------------------------------------------ owners
+
+
+def owned_layouts(
+    units: Sequence[Sequence[ParameterDecl]], owners: Owners, rank: int = 0, tensor_degree: int = 1, alignment: int = 16
+) -> list[UnitLayout]:
+    """The layouts of all units of a rank, dealt to owners one after the other."""
+    return [
+        layout
+        for unit in units
+        for layout in unit_layouts(
+            held(unit, rank, tensor_degree, True), owners.degree, multipliers(), alignment, owners
+        )
+    ]
+
+
+def owner_of(layout: UnitLayout) -> dict[str, int]:
+    """Parameter name -> the data rank whose partition holds all of it."""
+    found = {}
+    for place in layout.placed:
+        (owner,) = (r for r, (lo, hi) in enumerate(ranges_of(layout)) if lo <= place.offset and place.stop <= hi)
+        found[place.parameter.name] = owner
+    return found
+
+
+models = st.lists(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=6), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(model=models, degree=st.integers(1, 5), tensor_degree=st.sampled_from([1, 2, 3]))
+def test_owners_hold_whole_parameters_and_are_balanced(
+    model: list[list[tuple[int, int]]], degree: int, tensor_degree: int
+) -> None:
+    units = [
+        [
+            decl(tensor(f"{u}.{i}", *shape, split=Split(0, shape[0], "padded")), unit=f"u{u}", decay=i % 2 == 0)
+            for i, shape in enumerate(shapes)
+        ]
+        for u, shapes in enumerate(model)
+    ]
+    chosen = []
+    for rank in range(tensor_degree):
+        owners = Owners(degree)
+        layouts = owned_layouts(units, owners, rank, tensor_degree)
+        for layout in layouts:
+            assert layout.bounds[0] == 0 and len(layout.bounds) == degree + 1 and sum(layout.sizes) == layout.numel
+            assert all(bound % 16 == 0 for bound in layout.bounds) and min(layout.sizes) >= 0
+            assert all(place.offset % 16 == 0 for place in layout.placed)
+            used = sum(place.parameter.numel for place in layout.placed)
+            assert used <= layout.numel < used + 16 * len(layout.placed)
+            names = [spec.name for lo, hi in ranges_of(layout) for spec in partition_tensors(layout, lo, hi)]
+            assert names == [spec.name for place in layout.placed for spec in place.parameter.specs]
+        chosen.append([owner_of(layout) for layout in layouts])
+        largest = max(p.tensors[0].numel for unit in units for p in unit)
+        assert sum(owners.loads) == sum(p.tensors[0].numel for unit in units for p in unit)
+        assert max(owners.loads) - min(owners.loads) <= largest
+    assert all(other == chosen[0] for other in chosen)
+
+
+@pytest.mark.parametrize("tensor_degree", [1, 2, 3, 6])
+@pytest.mark.parametrize("degree", [1, 2, 3, 7])
+def test_what_owners_hold_is_what_even_partitions_hold(tensor_degree: int, degree: int) -> None:
+    units = [
+        [*block(unit=f"l{i}"), decl(tensor(f"l{i}.t", 13, 3, split=Split(0, 13, "padded")), unit=f"l{i}")]
+        for i in (0, 1)
+    ]
+    ranks = [owned_layouts(units, Owners(degree), r, tensor_degree) for r in range(tensor_degree)]
+    assert len({tuple(tuple(owner_of(layout).items()) for layout in layouts) for layouts in ranks}) == 1
+    for at, unit in enumerate(units):
+        layouts = [layouts[at] for layouts in ranks]
+        assert len({layout.exchange_numel for layout in layouts}) == 1
+        counts = counted_elements(layouts)
+        assert set(counts.values()) == {1}
+        assert len(counts) == sum(t.numel for p in unit for t in p.tensors)
+        for layout in layouts:
+            groups = [group for s in layout.segments for group in [s.group] * (s.stop - s.start)]
+            cut = [
+                group
+                for lo, hi in ranges_of(layout)
+                for s in partition_segments(layout, lo, hi)
+                for group in [s.group] * (s.stop - s.start)
+            ]
+            assert groups == cut and len(groups) == layout.numel
+            for lo, hi in ranges_of(layout):
+                tensors = {s.name: s for s in partition_tensors(layout, lo, hi) if s.pieces}
+                assert tensors == {s.name: s for s in partition_specs(layout, lo, hi, "weight")}
+
+
+def test_a_rank_that_holds_padding_only_lists_the_tensor() -> None:
+    unit = [decl(tensor("t", 2, 3, split=Split(0, 2, "padded")))]
+    (layout,) = owned_layouts([unit], Owners(2), 2, 3)
+    assert partition_specs(layout, 0, layout.numel, "weight") == ()
+    assert [(s.name, s.pieces) for s in partition_tensors(layout, 0, layout.numel)] == [("t", ())]
+
+
+def test_inside_a_part_parameters_lie_by_group_and_summed_last() -> None:
+    (layout,) = owned_layouts([block()], Owners(2), 1, 3)
+    owner = owner_of(layout)
+    names = [(owner[place.parameter.name], place.parameter.name.removeprefix("u.")) for place in layout.placed]
+    # q, k and v are the largest parameter and have rank 0 to themselves until the others have as much.
+    assert names == [
+        (0, "q.weight"),
+        *((1, name) for name in ("norm.weight", "norm.bias", "q.bias", "out.bias", "out.weight")),
+    ]
+
+
+def test_tied_units_have_one_layout_whatever_else_a_stage_holds() -> None:
+    tied = [decl(tensor("tokens", 30, 2, split=Split(0, 30, "padded")), unit="tied")]
+    first = owned_layouts([tied, block(unit="a")], Owners(3, frozenset({"tied"})))
+    last = owned_layouts([block(unit="b"), block(unit="c"), tied], Owners(3, frozenset({"tied"})))
+    assert first[0] == last[2]
+    balanced = Owners(3, frozenset({"tied"}))
+    owned_layouts([tied, block(unit="a"), block(unit="b")], balanced)
+    assert max(balanced.loads) - min(balanced.loads) <= 72

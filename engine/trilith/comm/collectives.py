@@ -2,7 +2,8 @@
 
 With `async_op=True` a call returns at once: wait for its `Handle` before reading the output or writing the input.
 Reductions on gloo sum element by element in the order of ranks, so results do not depend on offsets or bucket sizes;
-on nccl the order is nccl's. CUDA tensors over gloo (ranks that share a GPU) travel through host memory.
+on nccl the order is nccl's. Ranks of one machine exchange through shared memory what else would go by gloo, with the
+same bits. CUDA tensors over either (ranks that share a GPU) travel through host memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trilith.comm import gloo
+from trilith.comm import gloo, shared
 from trilith.comm.handle import Handle
 from trilith.topology import Group
 
@@ -31,6 +32,11 @@ _LOST_PEER = re.compile(
     r"|no longer connected|remote (peer|process)|peer (closed|exited|rank)|ncclRemoteError|abort(ed)? .*communicator",
     re.IGNORECASE,
 )
+
+
+def _carrier(group: Group) -> Any:
+    """What moves CPU tensors between the ranks of a group whose backend is gloo."""
+    return gloo if group.transport is None else shared
 
 
 def _finished(handle: Handle, async_op: bool) -> Handle:
@@ -89,7 +95,7 @@ def all_reduced(tensor: Tensor, group: Group) -> Tensor:
 def _all_reduce(output: Tensor, input: Tensor, group: Group, op: str) -> Handle:
     if group.backend == "gloo":
         source, target = _host(input), _host_output(output)
-        handle = gloo.all_reduce(target.view(-1), source.view(-1), group, _COMBINES[op])
+        handle = _carrier(group).all_reduce(target.view(-1), source.view(-1), group, _COMBINES[op])
         return _returned(handle, target, output)
     target = output.detach() if output.is_contiguous() else torch.empty_like(output).contiguous()
     if target.data_ptr() != input.data_ptr():
@@ -98,49 +104,68 @@ def _all_reduce(output: Tensor, input: Tensor, group: Group, op: str) -> Handle:
     return _returned(Handle([work], keep=target), target, output)
 
 
-def all_gather(output: Tensor, input: Tensor, group: Group, async_op: bool = False) -> Handle:
+def all_gather(
+    output: Tensor, input: Tensor, group: Group, sizes: Sequence[int] | None = None, async_op: bool = False
+) -> Handle:
     """Write every rank's `input` to `output`, one after the other in the order of ranks.
 
-    Both are contiguous, of one dtype; output.numel() == size * input.numel(). `input` may be this rank's part of
-    `output`.
+    Both are contiguous, of one dtype. Rank r's `input` has `sizes[r]` elements (the same on all ranks; it may be 0), all
+    have the same number without `sizes`. `input` may be this rank's part of `output`.
     """
-    _check(output, input, group.size, "all_gather")
-    if group.size == 1:
-        return _copied(output, input)
-    if input.numel() == 0:
-        return Handle()
-    if group.backend == "gloo":
-        source, target = _host(input), _host_output(output)
-        handle = gloo.all_gather(target.view(-1), source.view(-1), group)
-        return _finished(_returned(handle, target, output), async_op)
-    work = _nccl_all_gather(output.detach().view(-1), input.detach().view(-1), group=group.handle, async_op=True)
-    return _finished(Handle([work], keep=(output, input)), async_op)
-
-
-def reduce_scatter(output: Tensor, input: Tensor, group: Group, async_op: bool = False) -> Handle:
-    """Write the sum over the group of this rank's part of `input` to `output`.
-
-    Both are contiguous, of one dtype; input.numel() == size * output.numel(); part r is for rank r. `output` may be
-    this rank's part of `input`. The caller need not keep `input`, but must not write to it before `wait()`.
-    """
-    _check(input, output, group.size, "reduce_scatter")
+    parts = _parts(output, input, group, sizes, "all_gather")
     if group.size == 1:
         return _copied(output, input)
     if output.numel() == 0:
         return Handle()
     if group.backend == "gloo":
         source, target = _host(input), _host_output(output)
-        handle = gloo.reduce_scatter(target.view(-1), source.view(-1), group, torch.add)
+        handle = _carrier(group).all_gather(target.view(-1), source.view(-1), group, parts)
         return _finished(_returned(handle, target, output), async_op)
-    work = _nccl_reduce_scatter(output.detach().view(-1), input.detach().view(-1), group=group.handle, async_op=True)
+    flat, mine = output.detach().view(-1), input.detach().view(-1)
+    if len(set(parts)) == 1:
+        work = _nccl_all_gather(flat, mine, group=group.handle, async_op=True)
+    else:
+        work = dist.all_gather(list(flat.split(parts)), mine, group=group.handle, async_op=True)
     return _finished(Handle([work], keep=(output, input)), async_op)
 
 
-def _check(large: Tensor, small: Tensor, size: int, name: str) -> None:
-    assert large.numel() == size * small.numel() and large.dtype == small.dtype, (
-        f"{name}: {tuple(large.shape)} {large.dtype} must hold {size} times {tuple(small.shape)} {small.dtype}"
+def reduce_scatter(
+    output: Tensor, input: Tensor, group: Group, sizes: Sequence[int] | None = None, async_op: bool = False
+) -> Handle:
+    """Write the sum over the group of this rank's part of `input` to `output`.
+
+    Both are contiguous, of one dtype; part r is for rank r and has `sizes[r]` elements (the same on all ranks; it may be
+    0), all have the same number without `sizes`. `output` may be this rank's part of `input`. The caller need not keep
+    `input`, but must not write to it before `wait()`.
+    """
+    parts = _parts(input, output, group, sizes, "reduce_scatter")
+    if group.size == 1:
+        return _copied(output, input)
+    if input.numel() == 0:
+        return Handle()
+    if group.backend == "gloo":
+        source, target = _host(input), _host_output(output)
+        handle = _carrier(group).reduce_scatter(target.view(-1), source.view(-1), group, torch.add, parts)
+        return _finished(_returned(handle, target, output), async_op)
+    flat, mine = input.detach().view(-1), output.detach().view(-1)
+    if len(set(parts)) == 1:
+        work = _nccl_reduce_scatter(mine, flat, group=group.handle, async_op=True)
+    else:
+        work = dist.reduce_scatter(mine, list(flat.split(parts)), group=group.handle, async_op=True)
+    return _finished(Handle([work], keep=(output, input)), async_op)
+
+
+def _parts(large: Tensor, small: Tensor, group: Group, sizes: Sequence[int] | None, name: str) -> list[int]:
+    """How many elements of `large` are each rank's, after checking that `small` is this rank's part of it."""
+    parts = [small.numel()] * group.size if sizes is None else list(sizes)
+    assert len(parts) == group.size and parts[group.index] == small.numel(), (
+        f"{name}: parts {parts} do not fit {tuple(small.shape)} on rank {group.index} of {group.size}"
+    )
+    assert large.numel() == sum(parts) and large.dtype == small.dtype, (
+        f"{name}: {tuple(large.shape)} {large.dtype} must hold parts {parts} like {tuple(small.shape)} {small.dtype}"
     )
     assert large.is_contiguous() and small.is_contiguous(), f"{name}: tensors must be contiguous"
+    return parts
 
 
 def all_to_all(
@@ -154,7 +179,7 @@ def all_to_all(
     """Send rows of `input` to each rank and write what rank r sent after what the ranks before it sent.
 
     Contiguous tensors of one dtype; `input_rows[r]` rows (of dim 0) go to rank r, `output_rows[r]` come from it.
-    Without them dim 0 is cut into equal parts.
+    Without them (on all ranks alike) dim 0 is cut into equal parts.
     """
     sent = list(input_rows or [len(input) // group.size] * group.size)
     got = list(output_rows or [len(output) // group.size] * group.size)
@@ -163,8 +188,11 @@ def all_to_all(
         return _copied(output, input)
     if group.backend == "gloo":
         source, target = _host(input), _host_output(output)
-        width = prod(input.shape[1:]) * input.element_size()
-        handle = gloo.all_to_all(target, source, group, [n * width for n in got], [n * width for n in sent])
+        if group.transport is not None and input_rows is None and output_rows is None:
+            handle = shared.all_to_all(target.view(-1), source.view(-1), group)
+        else:  # how much others send is known to nobody, so that it cannot be cut into pieces
+            width = prod(input.shape[1:]) * input.element_size()
+            handle = gloo.all_to_all(target, source, group, [n * width for n in got], [n * width for n in sent])
         return _finished(_returned(handle, target, output), async_op)
     work = dist.all_to_all_single(output.detach(), input.detach(), got, sent, group=group.handle, async_op=True)
     return _finished(Handle([work], keep=(output, input)), async_op)
@@ -176,7 +204,7 @@ def broadcast(tensor: Tensor, source_index: int, group: Group, async_op: bool = 
         return Handle()
     if group.backend == "gloo":
         host = _host(tensor)
-        return _finished(_returned(gloo.broadcast(host, source_index, group), host, tensor), async_op)
+        return _finished(_returned(_carrier(group).broadcast(host, source_index, group), host, tensor), async_op)
     host = tensor.detach().contiguous()
     work = dist.broadcast(host, group.ranks[source_index], group=group.handle, async_op=True)
     return _finished(_returned(Handle([work], keep=host), host, tensor), async_op)
@@ -187,7 +215,7 @@ def barrier(group: Group) -> None:
     if group.size == 1:
         return
     if group.backend == "gloo":
-        dist.barrier(group=group.handle)
+        _carrier(group).barrier(group).wait()
     else:
         dist.barrier(group=group.handle, device_ids=[torch.cuda.current_device()])
 
@@ -201,7 +229,7 @@ def send(tensor: Tensor, channel: Group) -> Handle:
     if tensor.numel() == 0:
         return Handle()
     if channel.backend == "gloo":
-        return gloo.broadcast(_host(tensor), 0, channel)
+        return _carrier(channel).broadcast(_host(tensor), 0, channel)
     data = tensor.detach().contiguous()
     return Handle([dist.isend(data, channel.ranks[1], group=channel.handle)], keep=data)
 
@@ -209,14 +237,14 @@ def send(tensor: Tensor, channel: Group) -> Handle:
 def receive(tensor: Tensor, channel: Group) -> Handle:
     """Receive into `tensor`, whose shape and dtype must be those that the source sends; the call does not block.
 
-    The channel's timeout counts from here on gloo, from `wait()` on nccl.
+    The channel's timeout counts from here on gloo, from `wait()` on nccl and in shared memory.
     """
     assert channel.size == 2 and channel.index == 1, f"only the target of {channel.name} can receive"
     if tensor.numel() == 0:
         return Handle()
     if channel.backend == "gloo":
         target = _host_output(tensor)
-        return _returned(gloo.broadcast(target, 0, channel), target, tensor)
+        return _returned(_carrier(channel).broadcast(target, 0, channel), target, tensor)
     target = tensor.detach() if tensor.is_contiguous() else torch.empty_like(tensor).contiguous()
     work = dist.irecv(target, channel.ranks[0], group=channel.handle)
     return _returned(Handle([work], keep=target), target, tensor)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trilith.comm.handle import Handle
+from trilith.comm.handle import Handle, patient
 from trilith.topology import Group
 
 Combine = Callable[..., Tensor]
@@ -35,14 +35,16 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def _post(group: Group, output: Tensor, input: Tensor, got: list[int], sent: list[int]) -> Any:
     """Start an all-to-all; `got` and `sent` count bytes by rank."""
-    return dist.all_to_all_single(as_bytes(output), as_bytes(input), got, sent, group=group.handle, async_op=True)
+    work = dist.all_to_all_single(as_bytes(output), as_bytes(input), got, sent, group=group.handle, async_op=True)
+    return patient(work, group)
 
 
 def _swap(group: Group, received: Tensor, sent: Tensor) -> Any:
-    """Start to swap tensors of one size between two ranks, without a copy."""
-    count = sent.numel() * sent.element_size()
-    counts = [0, count] if group.index == 0 else [count, 0]
-    return _post(group, received, sent, counts, counts)
+    """Start to swap tensors between two ranks, without a copy; the two may differ in size."""
+    other, width = 1 - group.index, sent.element_size()
+    got_bytes, sent_bytes = [0, 0], [0, 0]
+    got_bytes[other], sent_bytes[other] = received.numel() * width, sent.numel() * width
+    return _post(group, received, sent, got_bytes, sent_bytes)
 
 
 def _spread(group: Group, output: Tensor, input: Tensor, sizes: Sequence[int]) -> list[Any]:
@@ -53,7 +55,7 @@ def _spread(group: Group, output: Tensor, input: Tensor, sizes: Sequence[int]) -
     large = group.size > 2 and output.numel() * width > COPY_BYTES
     if (group.size == 2 or large) and mine.data_ptr() != input.data_ptr():
         mine.copy_(input)
-    if group.size == 2 and sizes[0] == sizes[1]:
+    if group.size == 2:
         return [_swap(group, parts[1 - group.index], input)]
     if large:
         return _tell_all(group, parts, input)
@@ -66,9 +68,10 @@ def _tell_all(group: Group, parts: Sequence[Tensor], input: Tensor) -> list[Any]
     works: list[Any] = []
     peers = [(group.index + step) % group.size for step in range(1, group.size)]
     for peer in peers:
-        works.append(dist.irecv(as_bytes(parts[peer]), group.ranks[peer], group=group.handle))
-    for peer in reversed(peers):
-        works.append(dist.isend(as_bytes(input), group.ranks[peer], group=group.handle))
+        if parts[peer].numel():
+            works.append(patient(dist.irecv(as_bytes(parts[peer]), group.ranks[peer], group=group.handle), group))
+    for peer in reversed(peers) if input.numel() else ():
+        works.append(patient(dist.isend(as_bytes(input), group.ranks[peer], group=group.handle), group))
     return works
 
 
@@ -98,14 +101,14 @@ def _combine_all(parts: Sequence[Tensor], combine: Combine, output: Tensor) -> N
     combine(total, parts[-1], out=output)
 
 
-def all_gather(output: Tensor, input: Tensor, group: Group) -> Handle:
-    """Write every rank's `input` (flat, n elements) to `output` (flat, size * n), in the order of ranks."""
-    return Handle(_spread(group, output, input, [input.numel()] * group.size), keep=(output, input))
+def all_gather(output: Tensor, input: Tensor, group: Group, sizes: Sequence[int]) -> Handle:
+    """Write every rank r's `input` (flat, sizes[r] elements) to `output` (flat), in the order of ranks."""
+    return Handle(_spread(group, output, input, sizes), keep=(output, input))
 
 
-def reduce_scatter(output: Tensor, input: Tensor, group: Group, combine: Combine) -> Handle:
-    """Write the sum over ranks of part `index` of `input` (flat, size * n) to `output` (flat, n)."""
-    work, parts = _deal(group, input, [output.numel()] * group.size)
+def reduce_scatter(output: Tensor, input: Tensor, group: Group, combine: Combine, sizes: Sequence[int]) -> Handle:
+    """Write the sum over ranks of part `index` of `input` (flat; part r has sizes[r] elements) to `output` (flat)."""
+    work, parts = _deal(group, input, sizes)
     return Handle([work], lambda: _combine_all(parts, combine, output), keep=input)
 
 
@@ -153,4 +156,9 @@ def broadcast(tensor: Tensor, source_index: int, group: Group) -> Handle:
     A channel sends by it too: its group has two ranks and one direction, so that nothing else comes in between.
     """
     work = dist.broadcast(as_bytes(tensor), group.ranks[source_index], group=group.handle, async_op=True)
-    return Handle([work], keep=tensor)
+    return Handle([patient(work, group)], keep=tensor)
+
+
+def barrier(group: Group) -> Handle:
+    """Over once every rank has come to it."""
+    return Handle([patient(dist.barrier(group=group.handle, async_op=True), group)])

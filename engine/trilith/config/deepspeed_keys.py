@@ -100,7 +100,7 @@ def _own_directory(value: Any) -> Any:
 
 
 def _spelling(value: Any) -> Any:
-    known = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
+    known = {name.lower(): name for name in ("Adam", "AdamW", "SGD", "Lion", "Adagrad", "Lamb", "Muon")}
     return known.get(value.lower(), value) if isinstance(value, str) else value
 
 
@@ -201,6 +201,8 @@ OPTIMIZER = (
     ),
     _refuse("optimizer.params.amsgrad", "AMSGrad is not built", "Remove it."),
     _ignore("optimizer.params.torch_adam", "which implementation runs does not change the result"),
+    _ignore("optimizer.params.ns_method", "which form of the iteration runs changes the result by rounding only"),
+    _refuse("optimizer.params.per_head_muon", "matrices are orthogonalised whole", "Remove it."),
     _refuse(
         "scheduler.params.last_batch_iteration",
         "the step comes from the checkpoint",
@@ -443,12 +445,8 @@ TABLE: tuple[Key, ...] = (
 # (section, type in lower case, why, instead)
 REFUSED_TYPES: tuple[tuple[str, str, str, str], ...] = (
     *(
-        ("optimizer", name.lower(), f"{name} is not built yet", "Use AdamW, Adam or SGD.")
-        for name in ("Lion", "Adagrad", "Lamb", "Muon")
-    ),
-    *(
         ("optimizer", name.lower(), f"{name} compresses gradients and is not supported", f"Use {instead}.")
-        for name, instead in (("OneBitAdam", "AdamW"), ("ZeroOneAdam", "AdamW"), ("OneBitLamb", "AdamW"))
+        for name, instead in (("OneBitAdam", "AdamW"), ("ZeroOneAdam", "AdamW"), ("OneBitLamb", "Lamb"))
     ),
     *(
         ("optimizer", name.lower(), f"{name} needs the muP parametrisation, which is not supported", f"Use {instead}.")

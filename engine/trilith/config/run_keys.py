@@ -43,6 +43,10 @@ class RunConfig(ConfigModel):
     threads: Auto[Count] = key(
         "auto", "Threads of one rank. auto: cores of the machine / ranks on it, at least 1.", "threads"
     )
+    shared_memory: Bool = key(
+        True,
+        "Ranks of one machine exchange CPU tensors through shared memory where the system lets them; false: by gloo.",
+    )
     peak_flops: Positive | None = key(
         None, "Peak of one rank, from which MFU is computed; null: MFU is not shown.", "FLOP/s"
     )

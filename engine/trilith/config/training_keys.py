@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from trilith.config.base import (
@@ -17,6 +17,7 @@ from trilith.config.base import (
     CountOrZero,
     Fraction,
     NotNegative,
+    Positive,
     Power,
     Text,
     key,
@@ -34,6 +35,7 @@ def _is_pattern(value: str) -> str:
     return value
 
 
+_LR = "Learning rate. auto: scheduler.params.warmup_max_lr if that is given, else 1e-3."
 Pattern = Annotated[Text, AfterValidator(_is_pattern)]
 
 
@@ -50,10 +52,19 @@ class ParamGroup(ConfigModel):
     )
 
 
+class MuonParamGroup(ParamGroup):
+    """Multipliers for the tensors whose name a pattern finds, and whether they are orthogonalised."""
+
+    muon: Bool | None = key(
+        None,
+        "true: Muon for a matrix, false: AdamW; null: Muon unless it is an embedding or the output projection.",
+    )
+
+
 class AdamWParams(ConfigModel):
     """Parameters of AdamW."""
 
-    lr: Auto[NotNegative] = key(..., "Learning rate. auto: scheduler.params.warmup_max_lr if that is given, else 1e-3.")
+    lr: Auto[NotNegative] = key(..., _LR)
     betas: Auto[tuple[BelowOne, BelowOne]] = key(
         (0.9, 0.999), "Decay rates of the two moments. auto: [0.9, 0.999].", "0 to below 1"
     )
@@ -76,13 +87,87 @@ class AdamParams(AdamWParams):
 class SGDParams(ConfigModel):
     """Parameters of SGD."""
 
-    lr: Auto[NotNegative] = key(..., "Learning rate. auto: scheduler.params.warmup_max_lr if that is given, else 1e-3.")
+    lr: Auto[NotNegative] = key(..., _LR)
     momentum: BelowOne = key(0.0, "Factor of the running sum of gradients.", "0 to below 1")
     dampening: Fraction = key(0.0, "The gradient enters the running sum times 1 - dampening.", "0 to 1")
     nesterov: Bool = key(False, "Nesterov momentum; needs momentum above 0 and dampening 0.")
     weight_decay: Auto[NotNegative] = key(
         0.0, "Weight decay, added to the gradient; not applied to norms and biases. auto: 0."
     )
+
+
+class LionParams(ConfigModel):
+    """Parameters of Lion."""
+
+    lr: Auto[NotNegative] = key(..., _LR)
+    betas: tuple[BelowOne, BelowOne] = key(
+        (0.9, 0.99), "Weight of the momentum in the step's direction, and its decay rate.", "0 to below 1"
+    )
+    weight_decay: Auto[NotNegative] = key(
+        0.0, "Weight decay; not applied to norms and biases unless a param_group says so. auto: 0."
+    )
+
+
+class AdagradParams(ConfigModel):
+    """Parameters of Adagrad."""
+
+    lr: Auto[NotNegative] = key(..., _LR)
+    eps: Positive = key(1e-10, "Added to the root of the sum of squares.")
+    weight_decay: Auto[NotNegative] = key(
+        0.0, "Weight decay, added to the gradient; not applied to norms and biases. auto: 0."
+    )
+    lr_decay: NotNegative = key(0.0, "The learning rate of step t = 0, 1, ... is divided by 1 + t * lr_decay.")
+    initial_accumulator_value: NotNegative = key(0.0, "Where the sum of squares starts.")
+
+
+class LambParams(ConfigModel):
+    """Parameters of LAMB."""
+
+    lr: Auto[NotNegative] = key(..., _LR)
+    betas: Auto[tuple[BelowOne, BelowOne]] = key(
+        (0.9, 0.999), "Decay rates of the two moments. auto: [0.9, 0.999].", "0 to below 1"
+    )
+    eps: Auto[Positive] = key(1e-8, "Added to the root of the second moment. auto: 1e-8.")
+    weight_decay: Auto[NotNegative] = key(
+        0.0, "Weight decay; not applied to norms and biases unless a param_group says so. auto: 0."
+    )
+    bias_correction: Bool = key(True, "Correct the size of a step for the start of the moments at zero.")
+    max_coeff: Positive = key(10.0, "Upper bound of the norm of a tensor over that of its step.")
+    min_coeff: NotNegative = key(0.01, "Lower bound of that ratio; at most max_coeff.")
+    eps_inside_sqrt: Bool = key(False, "Add eps to the second moment, before the root is taken.")
+    always_adapt: Bool = key(
+        True, "Scale the steps of tensors without weight decay too, as DeepSpeed; false: their ratio is 1."
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> LambParams:
+        if self.min_coeff > self.max_coeff:
+            raise PydanticCustomError("bounds", "must have min_coeff at most max_coeff")
+        return self
+
+
+class MuonParams(ConfigModel):
+    """Parameters of Muon, and of the AdamW that steps what is no hidden matrix."""
+
+    lr: Auto[Positive] = key(..., _LR)
+    muon_lr: NotNegative | None = key(None, "Learning rate of hidden matrices; scheduled like lr. null: lr.")
+    adam_lr: NotNegative | None = key(None, "Learning rate of everything else; scheduled like lr. null: lr.")
+    momentum: BelowOne = key(0.95, "Decay rate of the momentum of matrices.", "0 to below 1")
+    nesterov: Bool = key(True, "Look ahead: mix the gradient into the momentum once more.")
+    weight_decay: Auto[NotNegative] = key(
+        0.0, "Decoupled weight decay of both; not applied to norms and biases unless a param_group says so. auto: 0."
+    )
+    ns_steps: Count = key(5, "Newton-Schulz iterations.", "iterations")
+    ns_dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "What a matrix is orthogonalised in; fp64 where the weights are fp64. bf16 is faster on a GPU."
+    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = key(
+        "original",
+        "Factor on a matrix's step. original: sqrt(max(1, rows / columns)); match_rms_adamw: 0.2 sqrt(max(rows, columns)), "
+        "so that lr and weight_decay of AdamW fit.",
+    )
+    betas: tuple[BelowOne, BelowOne] = key((0.9, 0.95), "AdamW: decay rates of the two moments.", "0 to below 1")
+    eps: Positive = key(1e-10, "AdamW: added to the root of the second moment.")
 
 
 class AdamWConfig(ConfigModel):
@@ -124,7 +209,42 @@ class SGDConfig(ConfigModel):
         return False
 
 
-OptimizerConfig = Annotated[AdamWConfig | AdamConfig | SGDConfig, Field(discriminator="type")]
+class LionConfig(ConfigModel):
+    """Lion (Chen et al. 2023): steps by the sign of the momentum, with decoupled weight decay."""
+
+    type: Literal["Lion"] = key(..., "Kind of optimizer.")
+    params: LionParams = key(..., "Parameters of the optimizer.")
+    param_groups: tuple[ParamGroup, ...] = key((), "Multipliers by name pattern.")
+
+
+class AdagradConfig(ConfigModel):
+    """Adagrad (Duchi et al. 2011), as torch.optim.Adagrad."""
+
+    type: Literal["Adagrad"] = key(..., "Kind of optimizer.")
+    params: AdagradParams = key(..., "Parameters of the optimizer.")
+    param_groups: tuple[ParamGroup, ...] = key((), "Multipliers by name pattern.")
+
+
+class LambConfig(ConfigModel):
+    """LAMB (You et al. 2020), in the form of DeepSpeed: Adam's step, scaled to the norm of each tensor."""
+
+    type: Literal["Lamb"] = key(..., "Kind of optimizer.")
+    params: LambParams = key(..., "Parameters of the optimizer.")
+    param_groups: tuple[ParamGroup, ...] = key((), "Multipliers by name pattern.")
+
+
+class MuonConfig(ConfigModel):
+    """Muon (Jordan et al. 2024) for matrices inside the model, AdamW for everything else."""
+
+    type: Literal["Muon"] = key(..., "Kind of optimizer.")
+    params: MuonParams = key(..., "Parameters of the optimizer.")
+    param_groups: tuple[MuonParamGroup, ...] = key((), "Multipliers by name pattern.")
+
+
+OptimizerConfig = Annotated[
+    AdamWConfig | AdamConfig | SGDConfig | LionConfig | AdagradConfig | LambConfig | MuonConfig,
+    Field(discriminator="type"),
+]
 
 WarmupType = Literal["log", "linear"]
 _WARMUP_STEPS = "Steps of the warm-up. auto: a tenth of training.steps, at most 1000."

@@ -75,7 +75,7 @@ class ZeroConfig(ConfigModel):
     )
     stage3_prefetch_bucket_size: Auto[CountOrZero] = key(
         50_000_000,
-        "Elements that are gathered ahead of use. auto: 0.9 x model.hidden_size squared.",
+        "Elements that are gathered ahead of use, one unit at least; 0: none. auto: 0.9 x model.hidden_size squared.",
         "elements",
     )
     stage3_backward_prefetch: Literal["pre", "post"] = key(

@@ -61,7 +61,7 @@ class Surroundings:
             torch.autocast(self._kind, dtype=dtype, enabled=enabled),
         ):
             torch.set_rng_state(self._on_cpu)
-            if self._on_device is not None:
+            if self._on_device is not None and self._device is not None:
                 torch.cuda.set_rng_state(self._on_device, self._device)
             yield
 

@@ -80,6 +80,20 @@ def memory_rows(categories: Mapping[str, Sequence[int]]) -> list[list[str]]:
     return rows
 
 
+def compared_rows(measured: Mapping[str, Sequence[int]], predicted: Mapping[str, Sequence[int]]) -> list[list[str]]:
+    """Measured bytes of each rank beside what the plan said, with their ratio; a category that neither has is left out."""
+    names = [name for name in predicted if any((*measured.get(name, ()), *predicted[name]))]
+    rows = [["rank", *(f"{name}: measured / predicted" for name in names)]]
+    for rank in range(len(next(iter(predicted.values())))):
+        cells = []
+        for name in names:
+            real, said = measured[name][rank] if name in measured else 0, predicted[name][rank]
+            ratio = f" ({real / said:.2f})" if said else ""
+            cells.append(f"{human_bytes(real)} / {human_bytes(said)}{ratio}")
+        rows.append([str(rank), *cells])
+    return rows
+
+
 def write(directory: Path, report: Report) -> None:
     """Write `report.png` and `report.html` into `directory`."""
     import matplotlib

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilith.optim.base import FlatPartition, Optimizer, SliceGroup
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
 
 # After so many steps both corrections 1 - beta^t are exactly 1: how the fused kernel is told to leave them out.
 _NO_CORRECTION_STEP = 1e12
@@ -29,7 +29,7 @@ class AdamOptions:
     bias_correction: bool = True
 
 
-class Adam(Optimizer):
+class Adam(ElementwiseOptimizer):
     """Adam or AdamW. State: `exp_avg` and `exp_avg_sq`, in the master dtype."""
 
     state_roles = ("exp_avg", "exp_avg_sq")
@@ -43,7 +43,7 @@ class Adam(Optimizer):
         options = self.options
         fused = torch._fused_adamw_ if options.decoupled_decay else torch._fused_adam_
         step = self.num_steps + 1 if options.bias_correction else _NO_CORRECTION_STEP
-        steps = torch.full((), step, dtype=torch.float32, device=self._device)
+        steps = torch.full((), step, dtype=torch.float32, device=group.parameters[0].device)
         fused(
             list(group.parameters),
             gradients,

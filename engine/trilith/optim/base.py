@@ -1,14 +1,14 @@
-"""What every optimizer here is: elementwise updates over flat partitions, one fused call per parameter group.
+"""What every optimizer here is: updates over flat partitions, elementwise in one fused call per parameter group.
 
-An optimizer never sees a module or a parameter's name. ZeRO hands it, per unit, the part of the flat master weights
-that this rank owns, the gradient beside it, and which runs of elements share multipliers; the state it keeps has the same
-shape, so that it is partitioned, saved and resharded like the weights.
+An optimizer never sees a module. ZeRO hands it, per unit, the part of the flat master weights that this rank owns, the
+gradient beside it, and which runs of elements share multipliers; the state it keeps has the same shape, so that it is
+partitioned, saved and resharded like the weights.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,27 @@ import torch
 from torch import Tensor
 
 from trilith.optim.groups import GroupKey, Segment
+from trilith.sharding import ShardSpec
+
+BATCH_NUMEL = 1 << 24
 
 
 @dataclass(frozen=True)
 class FlatPartition:
     """This rank's part of one unit.
 
-    `parameter` (n,): master weights; `gradient` (n,): their gradient, in any dtype; `segments` cover both.
+    `parameter` (n,): master weights; `gradient` (n,): their gradient, in any dtype; `segments` cover both. `tensors`, for
+    optimizers that need them whole: what lies here of each canonical tensor, offsets counted from the part's beginning;
+    the same tensors in the same order on all tensor ranks. `is_swapped`: it comes and goes, with its states; whoever
+    brings them makes those zero that are new.
     """
 
     name: str
     parameter: Tensor
     gradient: Tensor
     segments: tuple[Segment, ...]
+    tensors: tuple[ShardSpec, ...] = ()
+    is_swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,33 +50,49 @@ class SliceGroup:
 
 
 class Optimizer(ABC):
-    """Elementwise optimizer over flat partitions; children name their state tensors and update one group at a time."""
+    """An optimizer over flat partitions; children name their state tensors.
+
+    `state`: by partition one tensor for each role, beginning where the partition does. `needs_whole_tensors`: whether each
+    parameter must lie whole in one partition, and partitions must say which `tensors` they hold.
+    """
 
     state_roles: tuple[str, ...] = ()
+    needs_whole_tensors = False
 
     def __init__(self, partitions: Sequence[FlatPartition]) -> None:
         self.num_steps = 0
-        self.state = tuple({role: torch.zeros_like(p.parameter) for role in self.state_roles} for p in partitions)
-        self._groups = _slice_groups(partitions, self.state)
-        self._device = partitions[0].parameter.device if partitions else torch.device("cpu")
+        self.state = tuple(self._new_state(partition) for partition in partitions)
+        self._everything = tuple(range(len(partitions)))
 
-    @abstractmethod
-    def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
-        """Update one group in place; `grad_scale` (fp32 scalar) divides the gradients first."""
+    def _new_state(self, partition: FlatPartition) -> dict[str, Tensor]:
+        return {role: blank(partition, partition.parameter) for role in self.state_roles}
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """Update all slices in place with learning rate `lr`; gradients are divided by `grad_scale` (and may change)."""
-        scale = None
-        if grad_scale != 1.0:
-            scale = torch.full((), grad_scale, dtype=torch.float32, device=self._device)
-        for group in self._groups:
-            gradients, fused_scale = _prepared(group, grad_scale, scale)
-            self._update(group, gradients, lr, fused_scale)
+        """Update everything in place with learning rate `lr`; gradients are divided by `grad_scale` first.
+
+        They change only where `grad_scale` is not 1.
+        """
+        self.step_parts(self._everything, lr, grad_scale)
+        self.end_step()
+
+    @abstractmethod
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
+        """A part of a step: update the partitions of these numbers, all on one device. `end_step` ends the step."""
+
+    def end_step(self) -> None:
+        """All partitions are updated."""
         self.num_steps += 1
 
-    def read_gradients(self, partitions: Sequence[FlatPartition]) -> None:
-        """Take gradients from `partitions` from now on; all else must be as in those that the optimizer was made with."""
-        self._groups = _slice_groups(partitions, self.state)
+    @abstractmethod
+    def rebind(self, partitions: Sequence[FlatPartition]) -> None:
+        """Take weights and gradients of `partitions`, and the tensors of `state`, from where they are now.
+
+        All else must be as in the partitions that the optimizer was made with.
+        """
+
+    def keeps(self, role: str, name: str) -> bool:
+        """Whether the state `role` has a meaning for the canonical tensor `name`; a checkpoint leaves out what has none."""
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """The scalars of the state, JSON-able; tensors are in `state`, one dict by role for each partition."""
@@ -79,7 +103,52 @@ class Optimizer(ABC):
         self.num_steps = int(state["num_steps"])
 
 
+class ElementwiseOptimizer(Optimizer):
+    """Updates each element for itself, so that any cut of the parameters gives the same result: one group at a time.
+
+    `scales_by_itself`: whether `_update` divides by `grad_scale`, so that it need not be done before, in another pass.
+    """
+
+    scales_by_itself = True
+
+    def __init__(self, partitions: Sequence[FlatPartition]) -> None:
+        super().__init__(partitions)
+        self._partitions = tuple(partitions)
+        self._groups: dict[tuple[int, ...], tuple[SliceGroup, ...]] = {}
+
+    @abstractmethod
+    def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
+        """Update one group in place; `grad_scale` (fp32 scalar) divides the gradients first."""
+
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
+        """Update the slices of some partitions in place, group by group."""
+        for group in self.groups_of(parts):
+            master, scale = group.parameters[0].dtype, None
+            if grad_scale != 1.0 and self.scales_by_itself:
+                scale = torch.full((), grad_scale, dtype=torch.float32, device=group.parameters[0].device)
+            # The fused kernels take an fp32 scale, which would cost float64 its exactness.
+            is_left = scale is not None and master != torch.float64
+            gradients = unscaled(group.gradients, master, 1.0 if is_left else grad_scale)
+            self._update(group, gradients, lr, scale if is_left else None)
+
+    def groups_of(self, parts: tuple[int, ...]) -> tuple[SliceGroup, ...]:
+        """The slices of some partitions, by parameter group."""
+        if parts not in self._groups:
+            self._groups[parts] = _slice_groups([self._partitions[i] for i in parts], [self.state[i] for i in parts])
+        return self._groups[parts]
+
+    def rebind(self, partitions: Sequence[FlatPartition]) -> None:
+        """Take weights and gradients of `partitions`, and the tensors of `state`, from where they are now."""
+        self._partitions = tuple(partitions)
+        self._groups.clear()
+
+
 OptimizerFactory = Callable[[Sequence[FlatPartition]], Optimizer]
+
+
+def blank(partition: FlatPartition, like: Tensor) -> Tensor:
+    """A new state of the shape of `like`: zeros, or nothing yet where the partition is swapped."""
+    return (torch.empty_like if partition.is_swapped else torch.zeros_like)(like)
 
 
 def _slice_groups(
@@ -101,14 +170,27 @@ def _slice_groups(
     return tuple(groups)
 
 
-def _prepared(group: SliceGroup, grad_scale: float, scale: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients in the master dtype, and the scale that is left for the fused call.
+def unscaled(gradients: Sequence[Tensor], master: torch.dtype, grad_scale: float) -> list[Tensor]:
+    """Gradients in the `master` dtype divided by `grad_scale`: in place where they have it, which 1 leaves as they are."""
+    converted = [g if g.dtype == master else g.to(master) for g in gradients]
+    if grad_scale != 1.0 and converted:
+        torch._foreach_div_(converted, grad_scale)
+    return converted
 
-    The fused kernels take an fp32 scale, which would cost float64 its exactness: there the scale is applied here.
-    """
-    master = group.parameters[0].dtype
-    gradients = [g if g.dtype == master else g.to(master) for g in group.gradients]
-    if scale is None or master != torch.float64:
-        return gradients, scale
-    torch._foreach_div_(gradients, grad_scale)
-    return gradients, None
+
+def runs(numels: Iterable[int]) -> Iterator[slice]:
+    """Cuts a list of tensors of so many elements into runs that are not large together (one tensor may be)."""
+    start = stop = numel = 0
+    for size in numels:
+        if numel and numel + size > BATCH_NUMEL:
+            yield slice(start, stop)
+            start, numel = stop, 0
+        stop, numel = stop + 1, numel + size
+    if numel:
+        yield slice(start, stop)
+
+
+def batches(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Parallel lists of tensors cut into runs, so that what is computed on the way never takes much memory at once."""
+    for run in runs(tensor.numel() for tensor in lists[0]):
+        yield tuple(list(tensors[run]) for tensors in lists)

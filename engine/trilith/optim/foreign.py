@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trilith.errors import TrilithError
-from trilith.optim.base import FlatPartition, Optimizer, SliceGroup
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
 from trilith.optim.groups import GroupKey, GroupOf
 from trilith.optim.state_values import from_json, to_json
 
@@ -58,7 +58,7 @@ def groups_of_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, nn
     return group_of
 
 
-class ForeignOptimizer(Optimizer):
+class ForeignOptimizer(ElementwiseOptimizer):
     """Runs a torch optimizer over flat partitions; learning rates are those of its own parameter groups.
 
     The optimizer's groups are taken over: each holds slices of the master weights instead of the module's parameters.
@@ -69,41 +69,51 @@ class ForeignOptimizer(Optimizer):
     def __init__(self, partitions: Sequence[FlatPartition], optimizer: torch.optim.Optimizer) -> None:
         super().__init__(partitions)
         self._optimizer = optimizer
-        self._partitions = tuple(partitions)
-        self._slices = {group.key: tuple(nn.Parameter(s) for s in group.parameters) for group in self._groups}
-        self._places = {
-            group.key: tuple(
-                (i, slice(s.start, s.stop)) for i, p in enumerate(partitions) for s in p.segments if s.group == group.key
+        if any(partition.is_swapped for partition in partitions):
+            raise TrilithError(
+                f"optimizer = {type(optimizer).__name__}: it keeps its states itself, so they cannot live on disk. Use "
+                'zero_optimization.offload_optimizer.device "cpu", or the config section `optimizer`'
             )
-            for group in self._groups
+        self._slices = {
+            (part, group.key): tuple(nn.Parameter(slice_) for slice_ in group.parameters)
+            for part in range(len(partitions))
+            for group in self.groups_of((part,))
         }
         for i, group in enumerate(optimizer.param_groups):
-            group["params"] = list(self._slices.get((float(i),), ()))
+            group["params"] = [p for (_, key), slices in self._slices.items() if key == (float(i),) for p in slices]
 
-    def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """Update all slices in place; gradients are divided by `grad_scale` first. `lr` is the user's business."""
-        for group in self._groups:
-            gradients = [g.to(p.dtype) for g, p in zip(group.gradients, group.parameters, strict=True)]
-            if grad_scale != 1.0:
-                torch._foreach_div_(gradients, grad_scale)
-            for parameter, gradient in zip(self._slices[group.key], gradients, strict=True):
-                parameter.grad = gradient
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
+        """Update slices in place; gradients are divided by `grad_scale` first. `lr` is the user's business."""
+        stepped: list[nn.Parameter] = []
+        for part in parts:
+            for group in self.groups_of((part,)):
+                gradients = [g.to(p.dtype) for g, p in zip(group.gradients, group.parameters, strict=True)]
+                if grad_scale != 1.0:
+                    torch._foreach_div_(gradients, grad_scale)
+                for parameter, gradient in zip(self._slices[part, group.key], gradients, strict=True):
+                    parameter.grad = gradient
+                    stepped.append(parameter)
         self._optimizer.step()
-        for slices in self._slices.values():
-            for parameter in slices:
-                parameter.grad = None
-        self._take_over()
-        self.num_steps += 1
+        for parameter in stepped:
+            parameter.grad = None
+        self._take_over(parts)
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         raise AssertionError("a foreign optimizer updates all groups at once")
 
     # ---- state --------------------------------------------------------------------------------------------------
 
-    def _take_over(self) -> None:
-        """Make the state tensors that the optimizer has made slices of ours."""
-        for key, slices in self._slices.items():
-            for (index, at), parameter in zip(self._places[key], slices, strict=True):
+    def _parts(self) -> Iterator[tuple[int, GroupKey, slice, nn.Parameter]]:
+        """(partition, group, place in the partition, parameter) of every slice."""
+        for (index, key), slices in self._slices.items():
+            places = [slice(s.start, s.stop) for s in self._partitions[index].segments if s.group == key]
+            for at, parameter in zip(places, slices, strict=True):
+                yield index, key, at, parameter
+
+    def _take_over(self, parts: tuple[int, ...]) -> None:
+        """Make the state tensors that the optimizer has made for some partitions slices of ours."""
+        for index, _, at, parameter in self._parts():
+            if index in parts:
                 state = self._optimizer.state[parameter]
                 for role, value in state.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -133,7 +143,7 @@ class ForeignOptimizer(Optimizer):
         groups = []
         for i, group in enumerate(self._optimizer.param_groups):
             options = {name: value for name, value in group.items() if name != "params"}
-            first = next(iter(self._slices.get((float(i),), ())), None)
+            first = next((parameter for _, key, _, parameter in self._parts() if key == (float(i),)), None)
             roles, others = {}, {}
             for role, value in ({} if first is None else self._optimizer.state.get(first, {})).items():
                 assert first is not None
@@ -162,8 +172,9 @@ class ForeignOptimizer(Optimizer):
         mine, saved = self._optimizer.param_groups, state.get("groups", [])
         if state.get("kind") != type(self._optimizer).__name__ or len(saved) != len(mine):
             raise TrilithError(
-                f"optimizer = {type(self._optimizer).__name__} with {len(mine)} groups: the checkpoint is of "
-                f"{state.get('kind', 'the config section `optimizer`')} with {len(saved)}. Use that of the run that saved it"
+                f"optimizer = {type(self._optimizer).__name__} with {len(mine)} groups: the checkpoint is "
+                f"of {state.get('kind', 'the config section `optimizer`')} with {len(saved)}. Use that of the "
+                "run that saved it"
             )
         super().load_state_dict(state)
         for i, (group, kept) in enumerate(zip(mine, saved, strict=True)):
@@ -172,9 +183,10 @@ class ForeignOptimizer(Optimizer):
                     group[name].fill_(float(value))
                 else:
                     group[name] = value
-            key = (float(i),)
             moves = bool(group.get("fused") or group.get("capturable"))
-            for (index, at), parameter in zip(self._places.get(key, ()), self._slices.get(key, ()), strict=True):
+            for index, key, at, parameter in self._parts():
+                if key != (float(i),):
+                    continue
                 others = from_json(kept["others"])
                 for role, value in others.items():
                     if isinstance(value, Tensor) and moves:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilith.optim.base import FlatPartition, Optimizer, SliceGroup
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SGDOptions:
     weight_decay: float = 0.0
 
 
-class SGD(Optimizer):
+class SGD(ElementwiseOptimizer):
     """SGD. State: `momentum_buffer` where there is momentum; it starts as the first gradient, undampened."""
 
     def __init__(self, partitions: Sequence[FlatPartition], options: SGDOptions) -> None:

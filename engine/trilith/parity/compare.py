@@ -18,7 +18,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from trilith.config.training_keys import SGDConfig
+from trilith.config.training_keys import AdamConfig, AdamWConfig
 from trilith.optim.groups import multipliers
 from trilith.parity.recording import (
     ACTIVATION,
@@ -136,7 +136,7 @@ class _Comparison:
         return max(own, share * self._largest[key.kind, key.step, self._unit_of[key.name]])
 
     def _updated_by_adam(self, key: Key) -> bool:
-        return key.kind == WEIGHT and key.step > 0 and not isinstance(self._config.optimizer, SGDConfig)
+        return key.kind == WEIGHT and key.step > 0 and isinstance(self._config.optimizer, (AdamConfig, AdamWConfig))
 
     def _explained(self, key: Key) -> Tensor:
         """By how much each element of a weight may differ because its gradients, up to this step, do: float64, flat.
@@ -145,7 +145,7 @@ class _Comparison:
         it.
         """
         optimizer, lr_mult = self._config.optimizer, self._lr_mult(key.name, True)[0]
-        assert not isinstance(optimizer, SGDConfig)
+        assert isinstance(optimizer, (AdamConfig, AdamWConfig))
         apart = size = torch.zeros(())
         for step in range(1, key.step + 1):
             a, b = (r.assemble(Key(GRADIENT, step, key.name)).values.flatten().double() for r in self._recordings)

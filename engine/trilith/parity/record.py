@@ -125,14 +125,15 @@ class _Recorder:
         self.weights(number)
 
     def weights(self, step: int) -> None:
-        """Record the weights with which this rank computes after `step` steps."""
-        for index, stage in self._trainer.stages.items():
-            named = dict(stage.named_parameters(remove_duplicate=False))
-            tensors = {p.name: named[p.name].detach().reshape(-1) for p in stage.local_parameters}
-            stored = self._store(f"weights-stage{index}", step, tensors)
-            for parameter in stage.local_parameters:
-                for spec in parameter.specs:
-                    self._note(Key(WEIGHT, step, spec.name), index, None, stored[parameter.name], spec)
+        """Record the weights with which this rank computes after `step` steps; all ranks must."""
+        with self._trainer.model.gathered():
+            for index, stage in self._trainer.stages.items():
+                named = dict(stage.named_parameters(remove_duplicate=False))
+                tensors = {p.name: named[p.name].detach().reshape(-1) for p in stage.local_parameters}
+                stored = self._store(f"weights-stage{index}", step, tensors)
+                for parameter in stage.local_parameters:
+                    for spec in parameter.specs:
+                        self._note(Key(WEIGHT, step, spec.name), index, None, stored[parameter.name], spec)
 
     def close(self) -> None:
         """Stop observing and write the index."""

@@ -34,7 +34,7 @@ from trilith.models.pipeline_model import PipelineModel
 from trilith.optim.base import Optimizer
 from trilith.optim.groups import multipliers
 from trilith.optim.lr import LearningRate, make_lr
-from trilith.optim.make import make_optimizer
+from trilith.optim.make import make_optimizer, needs_whole_tensors
 from trilith.pipeline.action import Schedule
 from trilith.pipeline.executor import Executor
 from trilith.pipeline.passes import complete
@@ -52,9 +52,10 @@ from trilith.stepping.make import make_stepper
 from trilith.stepping.synchronous import SynchronousSteps
 from trilith.topology import Degrees, Topology
 from trilith.zero import module as data_parallel
+from trilith.zero.declared import place
 from trilith.zero.delayed import make_model
-from trilith.zero.module import device_of, join, leave_at_exit, place, without_groups
 from trilith.zero.sharded import ShardedModel, Sharding, StepOutcome
+from trilith.zero.world import device_of, join, leave_at_exit, without_groups
 
 LOGGER = logging.getLogger(__name__)
 
@@ -112,9 +113,8 @@ def initialize(
     layout = lay_out(model, full)
     parallel = full.parallel
     degrees = Degrees(parallel.pipeline, parallel.replicate, parallel.data // parallel.replicate)
-    topology = build_topology(
-        degrees, device_of(full), full.parallel.timeout_s, ties=layout.ties, channels=layout.schedule.channels()
-    )
+    channels, shared_memory = layout.schedule.channels(), full.run.shared_memory
+    topology = build_topology(degrees, device_of(full), parallel.timeout_s, layout.ties, channels, shared_memory)
     if topology.rank == 0:
         for note in resolved.notes:
             LOGGER.log(logging.WARNING if note.startswith("pipeline.") else logging.INFO, note)
@@ -178,7 +178,8 @@ class PipelineEngine:
             if queue is not None:
                 self._deferred += defer_linears(self._stages[index], queue)
         groups, make_optimizer_ = multipliers(config.optimizer.param_groups), make_optimizer(config.optimizer)
-        sharding = Sharding(layout.unit_names, layout.tied_units, groups, make_optimizer_)
+        whole = needs_whole_tensors(config.optimizer)
+        sharding = Sharding(layout.unit_names, layout.tied_units, groups, make_optimizer_, whole_tensors=whole)
         policy = PrecisionPolicy.from_config(config)
         sharded = make_model(layout.schedule, self._stages, topology, policy, config, sharding)
         last = len(layout.cuts) - 1

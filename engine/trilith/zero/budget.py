@@ -20,6 +20,7 @@ from trilith.pipeline.passes import insert_gathers
 from trilith.pipeline.search import human_bytes
 from trilith.pipeline.simulate import peak_bytes
 from trilith.zero.partition import split_small
+from trilith.zero.placement import ON_DEVICE, Sized, Tier, place_units
 from trilith.zero.residency import GatherPlan, StageUses, Use, gather_limits, plan_gathers, uses_of
 
 WEIGHTLESS_BACKWARD = "embedding"  # the unit whose backward reads no weights
@@ -127,9 +128,7 @@ class Traffic:
     weights: int
 
 
-def traffic(
-    config: Config, schedule: Schedule, gathers: Sequence[GatherPlan], memories: Sequence[RankMemory]
-) -> list[Traffic]:
+def traffic(schedule: Schedule, gathers: Sequence[GatherPlan], memories: Sequence[RankMemory]) -> list[Traffic]:
     """By pipeline rank: 2 x parameters at stages 0 and 1, (m + 1) x at stage 2 with m microbatches, 3 m x at stage 3
     where every use gathers anew."""
     found = []
@@ -204,7 +203,8 @@ def whole_gradients(
         room = None if limit is None else limit - memory.total_bytes
         held = held_units(config, units, schedule, cuts, rank)
         for unit in sorted(held, key=lambda unit: -unit.numel):
-            more = (unit.numel - -(-unit.numel // share)) * accumulated
+            kept = 0 if config.zero_optimization.offload_optimizer.device != "none" else -(-unit.numel // share)
+            more = (unit.numel - kept) * accumulated
             if room is None or more <= room:
                 found.add(unit.name)
                 room = None if room is None else room - more
@@ -225,44 +225,52 @@ def _rank_memory(
     types, versions, delayed = config.data_types, _versions(schedule, rank), schedule.update_every > 0
     zero, share, count = config.zero_optimization, partition_degree(config), sum(unit.numel for unit in held)
     element, accumulated = DTYPE_BYTES[types.param_dtype], DTYPE_BYTES[types.grad_accum_dtype]
-    master = max(4, element)
-    tiers = (zero.offload_optimizer.device, zero.offload_param.device)
-    states = num_states(config)
-    has_master = delayed or element != master or tiers[0] != "none"
-    own = -(-count // share)
-    optimizer_bytes, host_bytes, disk_bytes = own * (states + has_master) * master, 0, 0
-    shards = zero.stage == 3 and (share > 1 or tiers[1] != "none")
-    passes = zero.stage >= 2 and zero.reduce_interval != "step" and (share > 1 or tiers[0] != "none")
-    gradient_bytes = (own if passes else count) * accumulated
-    large = sum(unit.large for unit in held)
-    parameter_bytes = (count - large + -(-large // share) if shards else count) * element
-    if tiers[0] == "nvme":
-        optimizer_bytes, disk_bytes = 0, optimizer_bytes
-    elif tiers[0] != "none":
-        optimizer_bytes, host_bytes = 0, optimizer_bytes
-    if tiers[0] != "none":
-        host_bytes += own * accumulated
-        gradient_bytes -= own * accumulated if passes else 0
-    if shards and tiers[1] != "none":
-        moved = -(-large // share) * element
-        kept = min(moved, zero.offload_param.max_in_cpu * element) if tiers[1] == "nvme" else moved
-        parameter_bytes, host_bytes, disk_bytes = parameter_bytes - moved, host_bytes + kept, disk_bytes + moved - kept
+    master, states = max(4, element), num_states(config)
+    shards = zero.stage == 3 and (share > 1 or zero.offload_param.device != "none")
+    passes = (
+        zero.stage >= 2 and zero.reduce_interval != "step" and (share > 1 or zero.offload_optimizer.device != "none")
+    )
+    found = {(name, tier): 0 for name in ("parameter", "gradient", "optimizer", "rollback") for tier in Tier}
+    parts = [(part, whole) for unit in held for part, whole in _flat_parts(unit, shards)]
+    sized = [Sized(-(-part // share), not whole) for part, whole in parts]
+    for size, (part, _), place in zip(sized, parts, place_units(sized, zero), strict=True):
+        has_master = delayed or element != master or place != ON_DEVICE
+        found["parameter", place.weights] += (size.numel if size.is_sharded else part) * element
+        found["optimizer", place.states] += size.numel * (states + has_master) * master
+        found["rollback", place.states] += size.numel * _rollback_bytes_per_element(config, states, master)
+        on_host = place.states is not Tier.DEVICE
+        found["gradient", Tier.HOST] += size.numel * accumulated if on_host else 0
+        if not passes:
+            found["gradient", Tier.DEVICE] += part * accumulated
+        elif not on_host:
+            found["gradient", Tier.DEVICE] += size.numel * accumulated
     window = peaks[1] * element if shards else 0
     if passes:
-        largest = sorted((unit.numel for unit in held), reverse=True)[:BUCKETS]
+        # Without overlap a microbatch's gradients are all there before the first is sent.
+        most = BUCKETS if zero.overlap_comm else len(held)
+        largest = sorted((unit.numel for unit in held), reverse=True)[:most]
+        if len(largest) < BUCKETS and schedule.num_microbatches > 1:
+            largest += largest[:1]  # one unit's, of two microbatches
         window += sum(largest) * accumulated
     return RankMemory(
         parameters=count,
         versions=versions,
-        parameter_bytes=versions * parameter_bytes,
-        gradient_bytes=(2 if delayed and schedule.name != "pipedream" else 1) * gradient_bytes,
-        optimizer_bytes=optimizer_bytes,
-        rollback_bytes=own * _rollback_bytes_per_element(config, states, master),
+        parameter_bytes=versions * found["parameter", Tier.DEVICE],
+        gradient_bytes=(2 if delayed and schedule.name != "pipedream" else 1) * found["gradient", Tier.DEVICE],
+        optimizer_bytes=found["optimizer", Tier.DEVICE],
+        rollback_bytes=found["rollback", Tier.DEVICE],
         activation_bytes=peaks[0],
         window_bytes=window,
-        host_bytes=host_bytes,
-        disk_bytes=disk_bytes,
+        host_bytes=sum(count for (_, tier), count in found.items() if tier is Tier.HOST),
+        disk_bytes=sum(count for (_, tier), count in found.items() if tier is Tier.DISK),
     )
+
+
+def _flat_parts(unit: HeldUnit, shards: bool) -> list[tuple[int, bool]]:
+    """(elements, whether they stay whole) of the flat buffers that a unit becomes."""
+    if not shards:
+        return [(unit.numel, True)]
+    return [(numel, whole) for numel, whole in ((unit.small, True), (unit.large, False)) if numel]
 
 
 def num_states(config: Config) -> int:

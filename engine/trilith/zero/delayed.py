@@ -27,13 +27,17 @@ from torch import Tensor, nn
 
 from trilith import comm
 from trilith.checkpoint.load import PREVIOUS
+from trilith.failpoints import Failpoints
 from trilith.optim.base import FlatPartition
 from trilith.pipeline.action import Schedule
 from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
 from trilith.zero.flat import DeclaredModule, FlatUnit, buffer_view
 from trilith.zero.gradients import GradientReducer
-from trilith.zero.sharded import ShardedModel, Sharding, StageParameters, StateEntry, StepOutcome, bytes_of
+from trilith.zero.offload import Disk
+from trilith.zero.placement import Moved
+from trilith.zero.sharded import ShardedModel, Sharding, StateEntry, StepOutcome, bytes_of
+from trilith.zero.stage_parameters import StageParameters
 
 Place = tuple[nn.Module, str]  # a module and the name of one of its own parameters
 
@@ -131,9 +135,10 @@ class DelayedModel(ShardedModel):
         policy: PrecisionPolicy,
         config: Any,
         sharding: Sharding | None = None,
+        failpoints: Failpoints | None = None,
     ) -> None:
         """As `ShardedModel`; `config.pipeline.schedule` is `pipedream` or `pipedream_2bw`."""
-        super().__init__(stages, topology, policy, config, sharding)
+        super().__init__(stages, topology, policy, config, sharding, failpoints)
         ((self._stage, module),) = stages.items()
         self.stashes = config.pipeline.schedule == "pipedream"
         assert self.stashes or config.pipeline.schedule == "pipedream_2bw", config.pipeline.schedule
@@ -148,11 +153,12 @@ class DelayedModel(ShardedModel):
         self._window: Window | None = None
         self.bound = self._updated = first
 
-    def _materialise(self, index: int, module: DeclaredModule) -> None:
-        super()._materialise(index, module)
-        for unit in self._units[index]:
-            if not unit.has_master:
-                unit.master = unit.own_weight.clone()
+    def _materialise(self, stages: Mapping[int, DeclaredModule], disk: Disk, moved: Moved) -> None:
+        super()._materialise(stages, disk, moved)
+        for units in self._units.values():
+            for unit in units:
+                if not unit.has_master:
+                    unit.master = unit.own_weight.clone()
 
     def _first_slot(self, module: DeclaredModule) -> Slot:
         """What `ShardedModel` made, and where its parameters belong in the module, under every name they have."""
@@ -247,7 +253,7 @@ class DelayedModel(ShardedModel):
         """Let what follows read and write a slot's buffers."""
         self._updated, self.units, self.reducer = slot, slot.units, slot.reducer
         if not self.stashes:
-            self.optimizer.read_gradients(slot.partitions)
+            self.optimizer.rebind(slot.partitions)
 
     def update_after(self, microbatch: int) -> None:
         """One optimizer step with the gradients of a microbatch (`pipedream`); every rank of the stage must call it.
@@ -310,14 +316,15 @@ class DelayedModel(ShardedModel):
         """As `ShardedModel.after_load`; the module gets the newest weights."""
         super().after_load()
         for unit in self._previous.units if self._previous and self._partitioned else ():
-            comm.all_gather(unit.weight, unit.own_weight, self.topology.dp).wait()
+            comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, unit.layout.uneven_sizes).wait()
 
     def _other_units(self) -> list[FlatUnit]:
         """Those of the versions that are not in `units`."""
         return [unit for slot in self._slots if slot is not self._updated for unit in slot.units]
 
-    def _all_units(self) -> list[FlatUnit]:
-        return [*super()._all_units(), *self._other_units()]
+    def all_units(self) -> list[FlatUnit]:
+        """As `ShardedModel.all_units`, of all versions."""
+        return [*super().all_units(), *self._other_units()]
 
     def memory_bytes(self) -> dict[str, int]:
         """As `ShardedModel.memory_bytes`, all versions counted."""
@@ -357,7 +364,8 @@ def make_model(
     policy: PrecisionPolicy,
     config: Any,
     sharding: Sharding | None = None,
+    failpoints: Failpoints | None = None,
 ) -> ShardedModel:
     """The storage of a rank's stages that `schedule` asks for; the other arguments are those of `ShardedModel`."""
     kind = DelayedModel if schedule.update_every else ShardedModel
-    return kind(stages, topology, policy, config, sharding)
+    return kind(stages, topology, policy, config, sharding, failpoints)

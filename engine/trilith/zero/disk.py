@@ -95,7 +95,11 @@ class DiskStore:
             raise OffloadError(
                 f"{what}: {offset} of the capacity of {self._capacity_bytes} bytes are taken. Offload less, or raise it"
             )
-        number = self._file.allocate(end)
+        try:
+            self._failpoints.hit("offload_reserve")
+            number = self._file.allocate(end)
+        except OSError as error:
+            number = error.errno or 0
         if number:
             free = self._file.free_bytes()
             raise OffloadError(f"{what}: {offset} bytes are reserved, {free} free: {reason(number)}")

@@ -46,9 +46,7 @@ class EngineState:
         entries += self._buffers()
         return checkpoint.save(root, step, entries, content, self.topology.control, keep_last=keep_last)
 
-    def load(
-        self, directory: Path, *, module_only: bool = False, optimizer_states: bool = True
-    ) -> Mapping[str, Any]:
+    def load(self, directory: Path, *, module_only: bool = False, optimizer_states: bool = True) -> Mapping[str, Any]:
         """Fill everything from the checkpoint in `directory` and return its scalar state; every rank must call it.
 
         `module_only`: weights and buffers; without `optimizer_states` the loss scaler, too. Raises CheckpointError where
@@ -134,7 +132,7 @@ def _newest(root: Path) -> Path | None:
     if own is not None or not root.is_dir():
         return own
     inside = [checkpoint.newest(folder) for folder in sorted(root.iterdir()) if folder.is_dir()]
-    order: Callable[[Path], tuple[int, float]] = lambda path: (  # noqa: E731
+    order: Callable[[Path], tuple[int, float]] = lambda path: (
         checkpoint.read_manifest(path).step,
         path.stat().st_mtime,
     )

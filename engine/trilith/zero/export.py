@@ -36,12 +36,12 @@ def gathered_parameters(sharded: ShardedModel, modifier_rank: int | None) -> Ite
             unit.collect_weights()
             comm.broadcast(unit.weight.data, index, topology.dp)
             comm.broadcast(unit.weight.data, copy, topology.replicate)
+            sharded.offload.open(unit)
             unit.take_weight()
+        sharded.offload.put_back()
 
 
-def consolidated(
-    module: nn.Module, sharded: ShardedModel, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+def consolidated(module: nn.Module, sharded: ShardedModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The module's whole state on the CPU of rank 0, floating point in `dtype` (None: as it is); nothing on other ranks.
 
     Units are gathered one after the other: no rank has more than one that it would not have anyway. Every rank must call.
@@ -54,7 +54,7 @@ def consolidated(
                 values[parameter] = _on_host(view, dtype)
     if not is_first:
         return {}
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in named_state([module]):
         # A tied weight has all its names, each with storage of its own: any reader finds what it looks for.
         found = values.pop(tensor, None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from trilith.errors import TrilithError
 from trilith.models.base import LocalParameter
 from trilith.optim.base import FlatPartition
 from trilith.optim.clip import sum_of_squares
@@ -19,7 +20,12 @@ from trilith.zero.partition import (
     counted_ranges,
     partition_range,
     partition_segments,
+    partition_tensors,
 )
+from trilith.zero.placement import ON_DEVICE, Moved, Placement, Tier
+from trilith.zero.swap import State, Swapped
+
+HOST = torch.device("cpu")
 
 
 class DeclaredModule(Protocol):
@@ -60,13 +66,16 @@ class Keeping:
     """What a rank keeps of a unit. `rank`: which partition is its own.
 
     `whole_gradient`: over the microbatches of a step, else only its partition. `whole_weight`: always, else between
-    `unshard` and `reshard`. A `frozen` unit has no gradient.
+    `unshard` and `reshard`. A `frozen` unit has no gradient. `placement`: where its parts lie; in host memory they are
+    page-locked if `pinned`.
     """
 
     rank: int
     whole_gradient: bool = True
     whole_weight: bool = True
     frozen: bool = False
+    placement: Placement = ON_DEVICE
+    pinned: bool = False
 
 
 @dataclass
@@ -75,10 +84,12 @@ class FlatUnit:
 
     `weight` (numel,) in the parameter dtype; at stage 3 its storage is empty while the unit is not whole, and `shard`
     (partition,) holds this rank's part. `gradient` in the accumulation dtype: (numel,), or (partition,) where it is
-    reduced after every microbatch. `master` (partition,): the optimizer's weights; where they have the parameter dtype, a
-    view of `weight` or `shard`, unless there are several versions of it.
+    reduced after every microbatch, then beside the states. `master` (partition,): the optimizer's weights; where they have
+    the parameter dtype, a view of `weight` or `shard`, unless there are several versions of it, or they lie elsewhere.
     `parameters`, `weight_views`, `gradient_views` are parallel, in the layout's order. `start`, `stop`: this rank's
-    partition.
+    partition. `optimizer_gradient`: where a whole gradient's part is taken to, if the states lie elsewhere.
+    `states_swap`, `shard_swap`: master and optimizer states, and the shard, while they live on disk. `moved` counts for
+    the whole rank.
     """
 
     stage: int
@@ -94,6 +105,11 @@ class FlatUnit:
     counted: tuple[tuple[int, int], ...]
     has_whole_gradient: bool = True
     shard: Tensor | None = None
+    placement: Placement = ON_DEVICE
+    optimizer_gradient: Tensor | None = None
+    states_swap: Swapped | None = None
+    shard_swap: Swapped | None = None
+    moved: Moved = field(default_factory=Moved)
 
     @property
     def own_gradient(self) -> Tensor:
@@ -118,7 +134,7 @@ class FlatUnit:
     @property
     def has_master(self) -> bool:
         """Whether the master weights are a storage of their own."""
-        return self.master.untyped_storage().data_ptr() != self.own_weight.untyped_storage().data_ptr()
+        return self.master.untyped_storage()._cdata != self.own_weight.untyped_storage()._cdata
 
     @property
     def master_role(self) -> str:
@@ -138,6 +154,18 @@ class FlatUnit:
         self.weight.untyped_storage().resize_(self.whole_bytes)
         return self.weight.data
 
+    def read_shard(self, target: Tensor) -> None:
+        """Copy this rank's part of the weights from host memory or disk to `target` (partition,) on the device."""
+        assert self.shard is not None
+        swap = self.shard_swap
+        was_open = swap is not None and swap.state is State.PRESENT  # then others may have changed it
+        if swap is not None:
+            swap.wait()
+        target.copy_(self.shard, non_blocking=True)
+        self.moved.host_to_device += self.shard.numel() * self.shard.element_size()
+        if swap is not None and not was_open:
+            swap.drop()
+
     def show(self) -> None:
         """The weights are whole: let the module's parameters be views of them."""
         for parameter, view in zip(self.parameters, self.weight_views, strict=True):
@@ -151,7 +179,13 @@ class FlatUnit:
         missing = torch.full((), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
         for parameter, view in zip(self.parameters, self.weight_views, strict=True):
             parameter.data = missing.expand(view.shape)
-        self.weight.untyped_storage().resize_(0)
+        try:
+            self.weight.untyped_storage().resize_(0)
+        except RuntimeError:
+            raise TrilithError(
+                f"unit {self.layout.name}: its weights cannot be let go, because something outside of torch holds their "
+                "memory (`parameter.numpy()`?). Look at a copy instead: `parameter.detach().clone()`"
+            ) from None
 
     @torch.no_grad()
     def collect_weights(self) -> None:
@@ -168,6 +202,7 @@ class FlatUnit:
         if self.shard is not None:
             self.shard.copy_(own)
         if self.has_master:
+            own = own.to(self.master.device)
             changed = self.master.to(own.dtype) != own
             self.master.copy_(torch.where(changed, own.to(self.master.dtype), self.master))
 
@@ -190,10 +225,13 @@ class FlatUnit:
         """Float64 scalar: over the elements of this rank's partition that count here (replica 0)."""
         return sum_of_squares(self.own_gradient, self.counted)
 
-    def partition(self) -> FlatPartition:
-        """What the optimizer sees of this unit."""
+    def partition(self, whole_tensors: bool = False) -> FlatPartition:
+        """What the optimizer sees of this unit; with `whole_tensors` also which tensors lie in it."""
         segments = partition_segments(self.layout, self.start, self.stop)
-        return FlatPartition(f"stage{self.stage}/{self.layout.name}", self.master, self.own_gradient, segments)
+        gradient = self.own_gradient if self.optimizer_gradient is None else self.optimizer_gradient
+        name = f"stage{self.stage}/{self.layout.name}"
+        tensors = partition_tensors(self.layout, self.start, self.stop) if whole_tensors else ()
+        return FlatPartition(name, self.master, gradient, segments, tensors, self.states_swap is not None)
 
     @torch.no_grad()
     def assign(self, offset: int, value: Tensor) -> None:
@@ -232,18 +270,31 @@ def make_unit(
     """
     start, stop = partition_range(layout, keeping.rank)
     weight = torch.empty(layout.numel, dtype=policy.param_dtype, device=device)
-    shard = None if keeping.whole_weight else torch.zeros(stop - start, dtype=policy.param_dtype, device=device)
+    states, weights = keeping.placement.states, keeping.placement.weights
+
+    def own(tier: Tier, dtype: torch.dtype) -> Tensor:
+        where = device if tier is Tier.DEVICE else HOST
+        return torch.zeros(stop - start, dtype=dtype, device=where, pin_memory=keeping.pinned and where is HOST)
+
+    shard = None if keeping.whole_weight else own(weights, policy.param_dtype)
     if keeping.whole_weight:
         weight.zero_()
-    num_gradients = 0 if keeping.frozen else layout.numel if keeping.whole_gradient else stop - start
-    gradient = torch.zeros(num_gradients, dtype=policy.grad_accum_dtype, device=device)
+    if keeping.frozen or keeping.whole_gradient:
+        num_gradients = 0 if keeping.frozen else layout.numel
+        gradient = torch.zeros(num_gradients, dtype=policy.grad_accum_dtype, device=device)
+    else:
+        gradient = own(states, policy.grad_accum_dtype)
     master = weight[start:stop] if shard is None else shard
-    if policy.master_dtype != policy.param_dtype and not keeping.frozen:
-        master = torch.zeros(stop - start, dtype=policy.master_dtype, device=device)
+    is_elsewhere = states is not Tier.DEVICE and not keeping.frozen
+    is_apart = policy.master_dtype != policy.param_dtype or not states is weights is Tier.DEVICE
+    if is_apart and not keeping.frozen:
+        master = own(states, policy.master_dtype)
     views = tuple(buffer_view(weight, place) for place in layout.placed)
     counted = counted_ranges(layout, start, stop)
     unit = FlatUnit(
-        stage, layout, start, stop, weight, gradient, master, (), views, (), counted, keeping.whole_gradient, shard
+        *(stage, layout, start, stop, weight, gradient, master, (), views, (), counted, keeping.whole_gradient, shard),
+        placement=keeping.placement,
+        optimizer_gradient=own(states, policy.grad_accum_dtype) if is_elsewhere and keeping.whole_gradient else None,
     )
     named = dict(module.named_parameters(remove_duplicate=False))
     parameters = []

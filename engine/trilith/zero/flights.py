@@ -10,6 +10,7 @@ from torch import Tensor
 from trilith import comm
 from trilith.zero.flat import FlatUnit, buffer_view
 from trilith.zero.partition import UnitLayout
+from trilith.zero.placement import Tier
 
 
 class Flight:
@@ -155,7 +156,10 @@ class PassingFlight(Flight):
         return whole
 
     def _take(self, reduced: Tensor) -> None:
-        self.unit.own_gradient.add_(reduced)
+        own = self.unit.own_gradient
+        own.add_(reduced.to(own.device))
+        if self.unit.placement.states is not Tier.DEVICE:
+            self.unit.moved.device_to_host += reduced.numel() * reduced.element_size()
 
 
 class BucketPool:

@@ -23,6 +23,7 @@ from trilith import comm
 from trilith.models.structure import tensors_in
 from trilith.topology import Group
 from trilith.zero.flat import FlatUnit
+from trilith.zero.placement import Tier
 from trilith.zero.residency import GatherLimits, GatherPlan, Use, plan_gathers
 
 
@@ -64,6 +65,7 @@ class Gatherer:
     def __init__(self, units: Sequence[FlatUnit], group: Group, limits: GatherLimits) -> None:
         self._units, self._group, self._limits = tuple(units), group, limits
         self._number = {id(unit): i for i, unit in enumerate(self._units)}
+        self._on_disk = any(unit.shard_swap is not None for unit in self._units)
         self._handles: dict[int, comm.Handle] = {}  # of units on their way
         self._whole: set[int] = set()  # units that are there, or on their way
         self._pins = [0] * len(self._units)
@@ -280,6 +282,18 @@ class Gatherer:
             self._pass.launched = place + 1
             for unit in plan.before[place]:
                 self._launch(unit)
+            self._read_ahead(plan, place + 1)
+
+    def _read_ahead(self, plan: GatherPlan, place: int) -> None:
+        """Begin to read what the next gathers need from disk."""
+        room = self._limits.reads if self._on_disk else 0
+        while room and place < len(plan.uses):
+            for number in (*plan.before[place], *plan.after[place]):
+                swap = self._units[number].shard_swap
+                if swap is not None and room:
+                    swap.fetch()
+                    room -= 1
+            place += 1
 
     # ---- weights ------------------------------------------------------------------------------------------------
 
@@ -290,8 +304,11 @@ class Gatherer:
         unit = self._units[number]
         assert unit.shard is not None
         self._whole.add(number)
-        whole = unit.unshard()
-        self._handles[number] = comm.all_gather(whole, unit.shard, self._group, async_op=True)
+        whole, shard = unit.unshard(), unit.shard
+        if unit.placement.weights is not Tier.DEVICE:
+            shard = whole[unit.start : unit.stop]
+            unit.read_shard(shard)
+        self._handles[number] = comm.all_gather(whole, shard, self._group, unit.layout.uneven_sizes, async_op=True)
         self.num_gathers += 1
         self.gathered_numel += unit.layout.numel
         self.live_bytes += unit.whole_bytes

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trilith import comm
 from trilith.errors import TrilithError
+from trilith.pipeline.action import NO_MICROBATCH
 from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
 from trilith.zero.flat import FlatUnit
@@ -36,8 +37,9 @@ Bucket = tuple[Flight, ...]
 class _StageGradients:
     """The units of one stage; `buckets` in the order of launching; `counting`: arrivals are counted to launch at once.
 
-    `halves`: the microbatch whose first half of a backward runs, None otherwise. `queued`: its last backward began, and
-    `left` are the units it brings that are reduced after every microbatch.
+    `halves`: the microbatch whose first half of a backward runs, None otherwise; `seconds`: the one whose second half
+    began last. `queued`: its last backward began, and `left` are the units it brings that are reduced after every
+    microbatch.
     """
 
     flights: tuple[Flight, ...]
@@ -45,6 +47,7 @@ class _StageGradients:
     counting: bool = False
     queued: bool = False
     halves: int | None = None
+    seconds: int = NO_MICROBATCH
     left: tuple[Flight, ...] = ()
 
     @property
@@ -90,7 +93,8 @@ class GradientReducer:
         self._converts = policy.param_dtype != policy.grad_accum_dtype
         # Asked of the exchange areas, which are the same on all tensor ranks: all must launch at the same moments.
         exchanges = any(unit.layout.exchange_numel for members in units.values() for unit in members)
-        self._overlaps = overlap and (topology.dp.size > 1 or (topology.tp.size > 1 and exchanges))
+        passes = any(flight.passes for gradients in self._stages.values() for flight in gradients.flights)
+        self._overlaps = overlap and (topology.dp.size > 1 or passes or (topology.tp.size > 1 and exchanges))
         self._hooks: list[RemovableHandle] = []
         self._places: dict[Tensor, tuple[_StageGradients, Flight, int]] = {}
         for gradients in self._stages.values():
@@ -143,9 +147,8 @@ class GradientReducer:
         """
         gradients = self._stages[stage]
         counts = Counter(id(self._places[weight][1]) for weight in weights)
+        gradients.seconds = microbatch
         expecting = [flight for flight in gradients.passing if id(flight) in counts]
-        for flight in expecting:
-            flight.take_waiting(microbatch)
         self._begin(gradients, expecting, final)
         if gradients.counting:
             for flight in gradients.flights:
@@ -153,8 +156,12 @@ class GradientReducer:
             self._advance()
 
     def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add a weight's gradient that autograd did not bring."""
+        """Add a weight's gradient that autograd did not bring; before a unit's first, what waited for it.
+
+        No sooner: whole gradients of all units of the stage would be there at once.
+        """
         gradients, flight, index = self._places[weight]
+        flight.take_waiting(gradients.seconds)
         flight.add(index, gradient)
         if gradients.counting:
             self._count(flight)
@@ -318,14 +325,15 @@ class GradientReducer:
             assert flight.handle is not None
             flight.handle.wait()
             flight.end_exchange()
-        if group.size == 1:
+        if group.size == 1 and not flight.passes:
             return
         payload = flight.hand_over().to(self._policy.reduce_dtype)
         flight.payload = payload
-        if unit.layout.degree == 1:
+        if unit.layout.degree < group.size:
             flight.handle = comm.all_reduce(payload, group, async_op=True)
         else:
-            flight.handle = comm.reduce_scatter(payload[unit.start : unit.stop], payload, group, async_op=True)
+            own, sizes = payload[unit.start : unit.stop], unit.layout.uneven_sizes
+            flight.handle = comm.reduce_scatter(own, payload, group, sizes, async_op=True)
         if flight.passes:
             self._on_the_way.append(flight)
             while len(self._on_the_way) > _IN_FLIGHT:

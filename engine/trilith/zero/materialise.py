@@ -34,7 +34,7 @@ def empty_weights() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(forget)
+    handle = register_module_parameter_registration_hook(forget)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -75,9 +75,7 @@ def meta_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 class Initialiser:
     """Gives parameters that are on the meta device, and buffers that were, their values, one unit after the other."""
 
-    def __init__(
-        self, module: nn.Module, topology: Topology, seed: int, init_fn: InitFunction | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, topology: Topology, seed: int, init_fn: InitFunction | None = None) -> None:
         """Before the module is sharded. Buffers get storage here."""
         self._module, self._topology, self._seed, self._init_fn = module, topology, seed, init_fn
         self._dtypes = {name: parameter.dtype for name, parameter in meta_parameters(module).items()}

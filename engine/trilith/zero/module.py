@@ -7,8 +7,8 @@
         engine.step()
 
 The loss is a mean over the microbatch, as DeepSpeed expects: gradients are averaged over the accumulated microbatches and
-over the data ranks. Repeated blocks (children of a ModuleList, or of a Sequential of blocks) are units, and so is each other child of the
-model.
+over the data ranks. Repeated blocks (children of a ModuleList, or of a Sequential of blocks) are units, and so is each
+other child of the model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from trilith.zero.export import consolidated, gathered_parameters, write_16bit
 from trilith.zero.gathers import Gatherer
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.loader import EpochLoader, make_loader
-from trilith.zero.materialise import Initialiser, InitFunction
+from trilith.zero.materialise import InitFunction, Initialiser
 from trilith.zero.parameter_groups import Given, ModelParameters, sharding_for
 from trilith.zero.sharded import ShardedModel, StepOutcome
 from trilith.zero.world import device_of, join, leave_at_exit, without_groups
@@ -83,7 +83,7 @@ def initialize(
     device = device_of(full)
     replicate = full.parallel.replicate
     degrees = Degrees(replicate=replicate, shard=world_size // replicate)
-    topology = build_topology(degrees, device, timeout_s=full.parallel.timeout_s)
+    topology = build_topology(degrees, device, full.parallel.timeout_s, shared_memory=full.run.shared_memory)
     handed_in = Given(optimizer, lr_scheduler, model_parameters)
     loader = make_loader(training_data, full, topology, collate_fn)
     engine = Engine(model, full, topology, handed_in, init_fn, loader)
@@ -196,10 +196,13 @@ class Engine:
     def step(self) -> None:
         """Count the microbatch; on the last one of a step update the weights on all ranks.
 
-        Raises TrilithError within `no_sync`. With fp16 a step whose gradients are not finite is skipped, and the learning-rate schedule does not advance.
+        Raises TrilithError within `no_sync`. With fp16 a step whose gradients are not finite is skipped, and the
+        learning-rate schedule does not advance.
         """
         if self._syncs_not:
-            raise TrilithError("engine.step was called within no_sync, where gradients are only added up. Call it outside")
+            raise TrilithError(
+                "engine.step was called within no_sync, where gradients are only added up. Call it outside"
+            )
         if not self.is_gradient_accumulation_boundary:
             self._microbatch += 1
             return
@@ -245,8 +248,7 @@ class Engine:
 
     def _begin_step(self) -> None:
         """At stage 3 a step gathers as the one before did; the first one finds out what is used when."""
-        if self.sharded.gatherer is not None:
-            self.sharded.gatherer.begin_run("step")
+        self.sharded.begin_step()
 
     # ---- what it knows ------------------------------------------------------------------------------------------
 
@@ -325,8 +327,8 @@ class Engine:
         zero = self.config.zero_optimization
         if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
             raise TrilithError(
-                "save_16bit_model: zero_optimization.stage3_gather_16bit_weights_on_model_save is false: at stage 3 no rank "
-                "has the whole model. Set it to true to gather it on rank 0, or use save_checkpoint"
+                "save_16bit_model: zero_optimization.stage3_gather_16bit_weights_on_model_save is false: at stage 3 no "
+                "rank has the whole model. Set it to true to gather it on rank 0, or use save_checkpoint"
             )
         dtype = torch.float16 if self.config.data_types.param_dtype == "fp16" else torch.bfloat16
         state = consolidated(self.module, self.sharded, dtype)

@@ -13,7 +13,7 @@ from trilith.config import Config
 from trilith.errors import TrilithError
 from trilith.optim.foreign import ForeignOptimizer, groups_of_optimizer
 from trilith.optim.groups import GroupKey, GroupOf, multipliers
-from trilith.optim.make import make_optimizer
+from trilith.optim.make import make_optimizer, needs_whole_tensors
 from trilith.zero.declared import Declared
 from trilith.zero.sharded import Sharding
 
@@ -39,7 +39,8 @@ def sharding_for(declared: Declared, module: nn.Module, config: Config, given: G
         rule = multipliers(config.optimizer.param_groups)
         if given.model_parameters is not None:
             rule = groups_of_parameters(given.model_parameters, trained, config, rule)
-        return Sharding(units, frozenset(), rule, make_optimizer(config.optimizer))
+        whole = needs_whole_tensors(config.optimizer)
+        return Sharding(units, frozenset(), rule, make_optimizer(config.optimizer), whole_tensors=whole)
     if given.model_parameters is not None:
         raise TrilithError("model_parameters: an own optimizer has its parameters already. Hand in one of the two")
     own = groups_of_optimizer(optimizer, trained)
@@ -98,5 +99,7 @@ def groups_of_parameters(
 
 def _multiple(name: str, value: float, base: float) -> float:
     if value and not base:
-        raise TrilithError(f"model_parameters: {name} = {value}: is kept as a multiple of optimizer.params.{name}, which is 0")
+        raise TrilithError(
+            f"model_parameters: {name} = {value}: is kept as a multiple of optimizer.params.{name}, which is 0"
+        )
     return value / base if base else 0.0

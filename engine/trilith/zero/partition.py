@@ -1,7 +1,8 @@
 """How a unit's parameters lie in one flat buffer, and how that buffer is dealt to data ranks. Pure, no torch.
 
 A unit is what one block of the model holds. Its parameters lie one after another, each at a multiple of `alignment`
-elements, and the buffer is padded so that every data rank owns an equal partition that starts at such a multiple too.
+elements, and the buffer is padded so that every data rank owns an equal partition that starts at such a multiple too; or,
+where the optimizer needs tensors whole, unequal partitions, each made of the parameters that `owners` gave to its rank.
 Parameters with the same multipliers lie together, so that the optimizer sees few long slices; among them, those whose
 gradient is summed over tensor ranks lie together, so that this sum is one or two copies. Stage 0 is degree 1: the
 partition is the whole buffer.
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 
 from trilith.models.base import LocalParameter, SummedPiece, UnitDecl
 from trilith.optim.groups import GroupKey, GroupOf, Segment
 from trilith.sharding import ShardSpec, cut_flat, merge_ranges
+from trilith.zero.owners import Owners
 
 # A cache line or a vector register of any dtype: what lies at such multiples is treated alike wherever it is cut.
 ALIGNMENT = 16
@@ -38,18 +41,37 @@ class PlacedParameter:
 class UnitLayout:
     """The flat buffer of one unit.
 
-    `numel`: elements with padding, a multiple of degree x alignment. `segments` cover all of it, padding included.
-    `summed`: runs whose gradient is summed over tensor ranks through an area of `exchange_numel` elements, which has one
-    layout on all tensor ranks.
+    `bounds`: data rank r owns the elements from bounds[r] to bounds[r + 1]; all are multiples of the alignment, and even
+    unless there are owners. `segments` cover the whole buffer, padding included. `summed`: runs whose gradient is summed
+    over tensor ranks through an area of `exchange_numel` elements, which has one layout on all tensor ranks.
     """
 
     name: str
     placed: tuple[PlacedParameter, ...]
-    numel: int
-    degree: int
+    bounds: tuple[int, ...]
     segments: tuple[Segment, ...]
     summed: tuple[SummedPiece, ...]
     exchange_numel: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the buffer, with padding."""
+        return self.bounds[-1]
+
+    @property
+    def degree(self) -> int:
+        """Number of partitions."""
+        return len(self.bounds) - 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each partition."""
+        return tuple(stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False))
+
+    @property
+    def uneven_sizes(self) -> tuple[int, ...] | None:
+        """The sizes, where collectives must be told because they differ."""
+        return self.sizes if len(set(self.sizes)) > 1 else None
 
     @property
     def sums_in_place(self) -> bool:
@@ -58,16 +80,23 @@ class UnitLayout:
 
 
 def unit_layouts(
-    parameters: Sequence[LocalParameter], degree: int, group_of: GroupOf, alignment: int = ALIGNMENT
+    parameters: Sequence[LocalParameter],
+    degree: int,
+    group_of: GroupOf,
+    alignment: int = ALIGNMENT,
+    owners: Owners | None = None,
 ) -> tuple[UnitLayout, ...]:
     """One flat buffer per `flat_unit`, in the order in which the units first appear.
 
-    `degree`: number of partitions. `group_of` gives each canonical tensor its parameter group.
+    `degree`: number of partitions. `group_of` gives each canonical tensor its parameter group. With `owners` (one for all
+    stages of a rank, in order) every parameter lies whole in one partition.
     """
+    assert owners is None or owners.degree == degree, (owners, degree)
     units: dict[str, list[LocalParameter]] = {}
     for parameter in parameters:
         units.setdefault(parameter.flat_unit, []).append(parameter)
-    return tuple(_layout(name, members, degree, group_of, alignment) for name, members in units.items())
+    dealt = {name: None if owners is None else owners.deal(name, members) for name, members in units.items()}
+    return tuple(_layout(name, units[name], degree, group_of, alignment, dealt[name]) for name in units)
 
 
 def split_small(
@@ -93,14 +122,23 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _layout(name: str, members: Sequence[LocalParameter], degree: int, group_of: GroupOf, alignment: int) -> UnitLayout:
+def _layout(
+    name: str,
+    members: Sequence[LocalParameter],
+    degree: int,
+    group_of: GroupOf,
+    alignment: int,
+    owners: Sequence[int] | None,
+) -> UnitLayout:
     groups = [_tensor_groups(parameter, group_of) for parameter in members]
-    order = sorted(range(len(members)), key=lambda i: (groups[i][0][1], bool(members[i].exchange_numel), i))
+    owner = owners or [0] * len(members)
+    order = sorted(range(len(members)), key=lambda i: (owner[i], groups[i][0][1], bool(members[i].exchange_numel), i))
     placed: list[PlacedParameter] = []
     starts: list[tuple[int, GroupKey]] = []
     summed: list[SummedPiece] = []
     padding: dict[tuple[int, int], int] = {}
     offset = exchange = exchange_stop = 0
+    stops = [0] * degree
     for i in order:
         parameter = members[i]
         placed.append(PlacedParameter(parameter, offset))
@@ -110,13 +148,16 @@ def _layout(name: str, members: Sequence[LocalParameter], degree: int, group_of:
         offset, exchange = _round_up(stop, alignment), _round_up(exchange_stop, alignment)
         if offset - stop == exchange - exchange_stop:
             padding[stop, exchange_stop] = offset - stop
-    numel = _round_up(offset, degree * alignment)
+        stops[owner[i]] = offset
+    if owners is None:
+        size = _round_up(offset, degree * alignment) // degree
+        stops = [size * (rank + 1) for rank in range(degree)]
+    bounds = (0, *accumulate(stops, max))
     return UnitLayout(
         name=name,
         placed=tuple(placed),
-        numel=numel,
-        degree=degree,
-        segments=_segments(starts, numel),
+        bounds=bounds,
+        segments=_segments(starts, bounds[-1]),
         summed=_joined(summed, padding),
         exchange_numel=exchange_stop,
     )
@@ -165,8 +206,7 @@ def _joined(pieces: Sequence[SummedPiece], padding: Mapping[tuple[int, int], int
 def partition_range(layout: UnitLayout, rank: int) -> tuple[int, int]:
     """The elements [start, stop) of the flat buffer that data rank `rank` owns."""
     assert 0 <= rank < layout.degree, (rank, layout.degree)
-    size = layout.numel // layout.degree
-    return rank * size, (rank + 1) * size
+    return layout.bounds[rank], layout.bounds[rank + 1]
 
 
 def partition_segments(layout: UnitLayout, start: int, stop: int) -> tuple[Segment, ...]:
@@ -206,6 +246,19 @@ def partition_specs(layout: UnitLayout, start: int, stop: int, role: str) -> tup
         for spec in place.parameter.specs
     )
     return tuple(spec for spec in specs if spec.pieces)
+
+
+def partition_tensors(layout: UnitLayout, start: int, stop: int) -> tuple[ShardSpec, ...]:
+    """The canonical tensors of the parameters that lie whole in [start, stop) of the buffer, offsets counted from `start`.
+
+    All tensor ranks list the same tensors in the same order, also one of which a rank holds nothing but padding.
+    """
+    return tuple(
+        spec.shifted(place.offset - start)
+        for place in layout.placed
+        if start <= place.offset < place.stop <= stop
+        for spec in place.parameter.specs
+    )
 
 
 def with_copies(spec: ShardSpec, index: int, count: int) -> ShardSpec:

@@ -25,7 +25,8 @@ from trilith.errors import TrilithError
 from trilith.optim.clip import clip_factor
 from trilith.optim.foreign import ForeignOptimizer
 from trilith.topology import Group
-from trilith.zero.sharded import ShardedModel, StepOutcome, bytes_of
+from trilith.zero.placement import Tier
+from trilith.zero.sharded import ShardedModel, StepOutcome, add_bytes
 
 
 class Move(StrEnum):
@@ -121,9 +122,12 @@ class PostValidation:
             )
         self._model = model
         self._rule = GuessRule(model.max_norm, model.policy.check_overflow)
-        self._live = _changed_by_step(model, self._rule) if self._rule.can_fail else []
-        self._copies = [torch.empty_like(tensor) for tensor in self._live]
-        model.kept_bytes["rollback"] = bytes_of(self._copies)
+        self._copies: list[Tensor] = []
+        model.kept_bytes["rollback"] = 0
+        for tier, tensor in self._changed():
+            # They stay there when "auto" brings states to the device: its limit does not know them.
+            self._copies.append(torch.empty_like(tensor))
+            add_bytes(model.kept_bytes, tier, "rollback", self._copies[-1:])
         self._num_steps = 0
         self._pending: _Pending | None = None
         self._last_was_plain = False  # before the first step nothing speaks for it
@@ -174,28 +178,32 @@ class PostValidation:
         self.outcome = self._model.close_step(norm)
         return not wrong
 
+    def _changed(self) -> list[tuple[Tier, Tensor]]:
+        """What an optimizer step changes on this rank, where it may have to be taken back: master weights and moments;
+        gradients, too, where the optimizer divides them by the loss scale.
+
+        That happens in place where they have the dtype of the masters, and they are needed again for a clipped step.
+        """
+        model, found = self._model, list[tuple[Tier, Tensor]]()
+        for unit, state in zip(model.units, model.optimizer.state, strict=True) if self._rule.can_fail else ():
+            states = unit.placement.states
+            found += [(states, tensor) for tensor in (unit.master, *state.values())]
+            if model.policy.scales_loss and self._rule.max_norm > 0 and unit.gradient.dtype == unit.master.dtype:
+                found.append((Tier.DEVICE if unit.has_whole_gradient else states, unit.own_gradient))
+        return found
+
+    def _live(self) -> list[Tensor]:
+        return [tensor for _, tensor in self._changed()]
+
     def _keep(self) -> None:
         """Copy what the optimizer is about to change."""
         self._num_steps = self._model.optimizer.num_steps
-        if self._live:
-            torch._foreach_copy_(self._copies, self._live)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._live())
 
     def _restore(self) -> None:
         """Undo the optimizer's step, in the modules of all data ranks, too."""
         self._model.optimizer.num_steps = self._num_steps
-        if self._live:
-            torch._foreach_copy_(self._live, self._copies)
+        if self._copies:
+            torch._foreach_copy_(self._live(), self._copies)
         self._model.after_load()
-
-
-def _changed_by_step(model: ShardedModel, rule: GuessRule) -> list[Tensor]:
-    """This rank's master weights and moments; and gradients, where the optimizer divides them by the loss scale.
-
-    That happens in place where they have the dtype of the masters, and they are needed again for a clipped step.
-    """
-    masters = [unit.master for unit in model.units]
-    moments = [tensor for state in model.optimizer.state for tensor in state.values()]
-    gradients: list[Tensor] = []
-    if model.policy.scales_loss and rule.max_norm > 0:
-        gradients = [unit.own_gradient for unit in model.units if unit.gradient.dtype == unit.master.dtype]
-    return [*masters, *moments, *gradients]

@@ -2,8 +2,9 @@
 
 A rank's step is a sequence of uses: a forward or a backward of one unit, in the order that the schedule fixes. With the
 future known, the best set of units to keep whole under a cap is known, too: whoever must make room lets go of the unit
-that is used again last (Belady 1966). What is not kept is let go right after its use, and gathered again ahead of the
-next one, as far ahead as the prefetch bucket and the cap allow.
+that is used again last (Belady 1966). That is best for units of one size; among others letting go of the oldest may be
+better, so the better of both is taken. What is not kept is let go right after its use, and gathered again ahead of the
+next one, as far ahead as the prefetch bucket and the cap allow; one unit may be larger than the bucket.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ class Use:
 @dataclass(frozen=True)
 class GatherLimits:
     """`max_live`, `max_reuse`, `prefetch` in elements; the keys `stage3_max_live_parameters`, `stage3_max_reuse_distance`,
-    `stage3_prefetch_bucket_size`. `after_backward`: ask for the next unit after a backward, not before."""
+    `stage3_prefetch_bucket_size`. `after_backward`: ask for the next unit after a backward, not before. `reads`: units that
+    are read from disk ahead of their gathers."""
 
     max_live: int
     max_reuse: int
     prefetch: int
     after_backward: bool = False
+    reads: int = 1
 
 
 def gather_limits(zero: Any) -> GatherLimits:
@@ -43,6 +46,7 @@ def gather_limits(zero: Any) -> GatherLimits:
         max_reuse=zero.stage3_max_reuse_distance,
         prefetch=zero.stage3_prefetch_bucket_size,
         after_backward=zero.stage3_backward_prefetch == "post",
+        reads=zero.offload_param.buffer_count,
     )
 
 
@@ -83,12 +87,13 @@ class _Stay:
 def plan_gathers(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> GatherPlan:
     """The plan of a sequence of uses; `sizes[unit]` in elements. At most `max_live` of them are whole at one time, or as
     many as the use at hand needs."""
-    stays = _stays(uses, sizes, limits)
+    choices = [_stays(uses, sizes, limits, oldest_first=oldest_first) for oldest_first in (False, True)]
+    stays = min(choices, key=lambda stays: sum(sizes[stay.unit] for stay in stays))
     occupied = [0] * len(uses)
     for stay in stays:
         for index in range(stay.first, stay.last + 1):
             occupied[index] += sizes[stay.unit]
-    _prefetch(stays, uses, sizes, limits, occupied)
+    stays = _prefetch(stays, uses, sizes, limits, occupied)
     before: list[list[int]] = [[] for _ in uses]
     after: list[list[int]] = [[] for _ in uses]
     releases: list[list[int]] = [[] for _ in uses]
@@ -105,13 +110,20 @@ def plan_gathers(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits
     )
 
 
-def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> list[_Stay]:
-    """Which unit is whole from when to when, gathered where it is used, in the order of their beginnings."""
+def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits, *, oldest_first: bool) -> list[_Stay]:
+    """Which unit is whole from when to when, gathered where it is used, in the order of their beginnings.
+
+    Room is made by the unit that is used again last, or, `oldest_first`, by the one that was used longest ago.
+    """
     places: dict[int, list[int]] = {}
     for index, use in enumerate(uses):
         for unit in use.units:
             places.setdefault(unit, []).append(index)
-    travelled = [0, *accumulate(sum(sizes[unit] for unit in use.units) for use in uses)]
+    travelled = _travelled(uses, sizes)
+    # What is kept leaves room for one unit that is fetched ahead: gathers that nobody waits for beat fewer gathers.
+    kept = limits.max_live
+    if limits.prefetch and sum(sizes) > kept:
+        kept -= max(sizes)
     live: dict[int, _Stay] = {}
     stays: list[_Stay] = []
     live_numel = 0
@@ -120,11 +132,17 @@ def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> l
         later = bisect_right(places[unit], index)
         return places[unit][later] if later < len(places[unit]) else len(uses)
 
+    def worthlessness(unit: int, index: int) -> tuple[int, int]:
+        if not oldest_first:
+            return next_use(unit, index), 0
+        last = live[unit].last
+        return -last, -uses[last].units.index(unit)
+
     for index, use in enumerate(uses):
         missing = [unit for unit in use.units if unit not in live]
         wanted = sum(sizes[unit] for unit in missing)
-        others = sorted((unit for unit in live if unit not in use.units), key=lambda unit: next_use(unit, index))
-        while others and live_numel + wanted > limits.max_live:
+        others = sorted((unit for unit in live if unit not in use.units), key=lambda unit: worthlessness(unit, index))
+        while others and live_numel + wanted > kept:
             live_numel -= sizes[others[-1]]
             del live[others.pop()]
         for unit in missing:
@@ -140,30 +158,49 @@ def _stays(uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits) -> l
     return stays
 
 
+def _travelled(uses: Sequence[Use], sizes: Sequence[int]) -> list[int]:
+    """The elements used before each use, and before the end."""
+    return [0, *accumulate(sum(sizes[unit] for unit in use.units) for use in uses)]
+
+
 def _prefetch(
     stays: Sequence[_Stay], uses: Sequence[Use], sizes: Sequence[int], limits: GatherLimits, occupied: list[int]
-) -> None:
-    """Move gathers ahead, one after the other and none past the one before; `occupied` is kept up to date."""
+) -> list[_Stay]:
+    """Move gathers ahead, one after the other and none past the one before; `occupied` is kept up to date.
+
+    A unit that would be gathered again as soon as it is let go is not let go: two stays become one.
+    """
+    travelled = _travelled(uses, sizes)
     ahead = [0] * len(uses)  # elements on their way, or waiting to be used, during each use
     earliest = 0
-    gone: dict[int, int] = {}  # unit -> the use at whose end it was let go last
+    before: dict[int, _Stay] = {}  # unit -> its stay before
+    kept: list[_Stay] = []
     for stay in stays:
-        size, slot = sizes[stay.unit], 2 * stay.first
+        size, slot, last = sizes[stay.unit], 2 * stay.first, before.get(stay.unit)
         for index in range(stay.first - 1, -1, -1):
             late = limits.after_backward and uses[index].backward
-            if size > limits.prefetch or index <= gone.get(stay.unit, -1) or 2 * index + late < earliest:
+            if not limits.prefetch or (last and index <= last.last) or 2 * index + late < earliest:
                 break
             if late:  # what use `index` lets go makes room for what is launched at its end
                 slot = 2 * index + 1
                 break
-            if occupied[index] + size > limits.max_live or ahead[index] + size > limits.prefetch:
+            if occupied[index] + size > limits.max_live or (ahead[index] and ahead[index] + size > limits.prefetch):
                 break
             slot = 2 * index
-        stay.slot = earliest = slot
         for index in range(-(-slot // 2), stay.first):
             occupied[index] += size
             ahead[index] += size
-        gone[stay.unit] = stay.last
+        if (
+            last
+            and slot == 2 * (last.last + 1)
+            and travelled[stay.first] - travelled[last.last + 1] <= limits.max_reuse
+        ):
+            last.last = stay.last
+            continue
+        stay.slot = earliest = slot
+        before[stay.unit] = stay
+        kept.append(stay)
+    return kept
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ they are used). Rajbhandari et al. 2020 (ZeRO), section 5.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -19,17 +19,21 @@ import torch
 from torch import Tensor
 
 from trilith import comm
+from trilith.failpoints import Failpoints
 from trilith.models.families import declare
-from trilith.optim.base import OptimizerFactory
+from trilith.optim.base import FlatPartition, Optimizer, OptimizerFactory
 from trilith.optim.clip import clip_factor
 from trilith.optim.groups import GroupOf, multipliers
-from trilith.optim.make import make_optimizer
+from trilith.optim.make import make_optimizer, needs_whole_tensors
 from trilith.pipeline.action import Schedule
 from trilith.precision import LossScaler, PrecisionPolicy
 from trilith.sharding import ShardSpec
 from trilith.topology import Group, Topology
+from trilith.zero.auto_placement import FirstSteps
 from trilith.zero.flat import DeclaredModule, FlatUnit, move_buffers
 from trilith.zero.gradients import GradientReducer
+from trilith.zero.offload import Disk, Offload
+from trilith.zero.owners import Owners
 from trilith.zero.partition import (
     PlacedParameter,
     flat_unit_names,
@@ -37,7 +41,9 @@ from trilith.zero.partition import (
     tied_flat_units,
     with_copies,
 )
+from trilith.zero.placement import Moved, Tier
 from trilith.zero.residency import GatherPlan, uses_of
+from trilith.zero.stage_parameters import StageParameters
 from trilith.zero.storage import Storage, make_gatherer
 
 StateEntry = tuple[str, ShardSpec, Tensor]
@@ -50,7 +56,7 @@ class Sharding:
     `unit_names`: every flat unit of the model, in one order for all ranks and layouts; the norm is summed in it.
     `tied_units`: those that two stages hold. `group_of`: a tensor's parameter group. `whole_gradients`: the flat units
     whose gradients stay whole over the microbatches of a step, also at stages 2 and 3; None: as `reduce_interval` says,
-    and all of them where it is "auto".
+    and all of them where it is "auto". `whole_tensors`: the optimizer needs every parameter whole in one partition.
     """
 
     unit_names: tuple[str, ...]
@@ -58,6 +64,7 @@ class Sharding:
     group_of: GroupOf
     make_optimizer: OptimizerFactory
     whole_gradients: frozenset[str] | None = None
+    whole_tensors: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,87 +79,16 @@ class StepOutcome:
     loss_scale: float
 
 
-def sharding_of(config: Any) -> Sharding:
-    """The Sharding of a resolved Config with a `model` section."""
+def sharding_of(config: Any, tp: Group) -> Sharding:
+    """The Sharding of a resolved Config with a `model` section; `tp` is the tensor-parallel group."""
     units = declare(config.model)
     return Sharding(
         unit_names=flat_unit_names(units),
         tied_units=tied_flat_units(units),
         group_of=multipliers(config.optimizer.param_groups),
-        make_optimizer=make_optimizer(config.optimizer),
+        make_optimizer=make_optimizer(config.optimizer, tp),
+        whole_tensors=needs_whole_tensors(config.optimizer),
     )
-
-
-class StageParameters:
-    """The pipeline executor's view of one stage's parameters (`pipeline.stage.StageParameters`)."""
-
-    def __init__(self, model: ShardedModel, stage: int) -> None:
-        self._model, self._stage = model, stage
-
-    def begin_run(self, schedule: Schedule) -> None:
-        """A run of `schedule` begins: at stage 3 its gather plan does."""
-        self._model.begin_run(schedule)
-
-    def gather(self) -> None:
-        """Begin to gather what comes next; weights are whole on every data rank at stages 0 to 2."""
-        if self._model.gatherer is not None:
-            self._model.gatherer.ahead()
-
-    def release(self) -> None:
-        """Let go of what the plan does not keep."""
-        if self._model.gatherer is not None:
-            self._model.gatherer.release()
-
-    def begin_forward(self, microbatch: int) -> None:
-        """There is one version of the weights, and it is in the module."""
-
-    def begin_backward(self, microbatch: int, final: bool) -> None:
-        """A whole backward of this stage begins; `final`: the last of the step."""
-        self._model.forget_step()
-        self._model.reducer.begin_backward(self._stage, final)
-
-    def end_backward(self, microbatch: int, final: bool) -> None:
-        """It is done."""
-        self._end_gathers()
-        self._model.reducer.end_backward(self._stage, final)
-
-    def begin_input_gradients(self, microbatch: int) -> None:
-        """The first half of a backward begins."""
-        self._model.forget_step()
-        self._model.reducer.begin_input_gradients(self._stage, microbatch)
-
-    def end_input_gradients(self, microbatch: int, weights: Collection[Tensor]) -> None:
-        """It is done; the gradients of `weights` are to come."""
-        self._end_gathers()
-        self._model.reducer.end_input_gradients(self._stage, microbatch, weights)
-
-    def begin_weight_gradients(self, microbatch: int, weights: Sequence[Tensor], final: bool) -> None:
-        """The second half of a backward begins, which brings a gradient for each of `weights`."""
-        self._model.reducer.begin_weight_gradients(self._stage, microbatch, weights, final)
-
-    def end_weight_gradients(self, microbatch: int, final: bool) -> None:
-        """It is done."""
-        self._model.reducer.end_weight_gradients(self._stage, final)
-
-    def _end_gathers(self) -> None:
-        if self._model.gatherer is not None:
-            self._model.gatherer.end_backward()
-
-    def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add a gradient of the second half of a backward."""
-        self._model.reducer.accumulate(weight, gradient)
-
-    def reduce(self, microbatch: int) -> None:
-        """All gradients of this stage are complete: launch the reductions that are left."""
-        self._model.reducer.reduce(self._stage)
-
-    def tie_reduce(self, microbatch: int) -> None:
-        """Sum the gradients of weights that this stage shares with others."""
-        self._model.reducer.tie_reduce(self._stage)
-
-    def update(self, microbatch: int) -> None:
-        """Synchronous schedules step once, after their last action."""
-        raise AssertionError("an optimizer step inside a synchronous schedule")
 
 
 class ShardedModel:
@@ -165,6 +101,7 @@ class ShardedModel:
         policy: PrecisionPolicy,
         config: Any,
         sharding: Sharding | None = None,
+        failpoints: Failpoints | None = None,
     ) -> None:
         """Allocate buffers on `topology.device` and make every module's parameters views of them.
 
@@ -173,39 +110,70 @@ class ShardedModel:
         """
         zero = config.zero_optimization
         self.topology, self.policy, self.device = topology, policy, topology.device
-        self.sharding = sharding or sharding_of(config)
+        self.sharding = sharding or sharding_of(config, topology.tp)
         self.scaler = LossScaler.from_config(config)
         self.max_norm = config.gradient_clipping
         self.kept_bytes: dict[str, int] = {}  # what others keep beside this model, by category
         self._partitioned = zero.stage >= 1 and topology.dp.size > 1
         self._reduces_late = zero.reduce_interval != "microbatch"
-        self._storage = Storage(zero, topology, policy, self.sharding.group_of, self._keeps_whole)
+        owners = None
+        if self._partitioned and self.sharding.whole_tensors:
+            owners = Owners(topology.dp.size, self.sharding.tied_units)
+        self._storage = Storage(zero, topology, policy, self.sharding.group_of, self._keeps_whole, owners)
         self._units: dict[int, tuple[FlatUnit, ...]] = {}
         self._frozen: dict[int, tuple[FlatUnit, ...]] = {}
         self._places: dict[tuple[int, str], tuple[FlatUnit, PlacedParameter]] = {}
         self._buffer_bytes = 0
-        for index, module in stages.items():
-            self._materialise(index, module)
+        disk, moved = Disk(config, topology.rank, failpoints or Failpoints()), Moved()
+        self._materialise(stages, disk, moved)
         self.units = tuple(unit for units in self._units.values() for unit in units)
         self._unit_index = {name: i for i, name in enumerate(self.sharding.unit_names)}
-        self.optimizer = self.sharding.make_optimizer([unit.partition() for unit in self.units])
+        frozen = [unit for units in self._frozen.values() for unit in units]
+        self.offload = Offload(self.units, frozen, zero, disk, moved)
+        self.optimizer = self._make_optimizer()
         self.reducer = self._make_reducer(self._units, zero)
         units_of = {index: (*self._units[index], *self._frozen[index]) for index in stages}
         self.gatherer, self._uses = make_gatherer(stages, units_of, topology.dp, zero)
         self._gather_plans: dict[int, tuple[Schedule, GatherPlan]] = {}
+        self._watch = FirstSteps.of(config, self)
         self._stale = self._finished = False
         self._extra_updates = 0  # of the optimizer, beyond one a step
 
-    def _materialise(self, index: int, module: DeclaredModule) -> None:
-        """Buffers of one stage. Frozen parameters have weights only, and a partition only at stage 3."""
-        named = dict(module.named_parameters(remove_duplicate=False))
-        trained = [p for p in module.local_parameters if named[p.name].requires_grad]
-        frozen = [p for p in module.local_parameters if not named[p.name].requires_grad]
-        self._units[index] = self._storage.make_units(index, module, trained)
-        self._frozen[index] = self._storage.make_units(index, module, frozen, is_frozen=True)
-        for unit in (*self._units[index], *self._frozen[index]):
-            self._places.update({(index, place.parameter.name): (unit, place) for place in unit.layout.placed})
-        self._buffer_bytes += move_buffers(module, self.device)
+    def _materialise(self, stages: Mapping[int, DeclaredModule], disk: Disk, moved: Moved) -> None:
+        """Buffers of all stages. Frozen parameters have weights only, and a partition only at stage 3."""
+        planned = []
+        for index, module in stages.items():
+            named = dict(module.named_parameters(remove_duplicate=False))
+            trained = [p for p in module.local_parameters if named[p.name].requires_grad]
+            frozen = [p for p in module.local_parameters if not named[p.name].requires_grad]
+            planned += self._storage.plan_units(index, module, trained)
+            planned += self._storage.plan_units(index, module, frozen, is_frozen=True)
+        made = list(zip(planned, self._storage.make_units(planned, disk, moved), strict=True))
+        for index, module in stages.items():
+            of_stage = [(plan.keeping.frozen, unit) for plan, unit in made if unit.stage == index]
+            self._units[index] = tuple(unit for is_frozen, unit in of_stage if not is_frozen)
+            self._frozen[index] = tuple(unit for is_frozen, unit in of_stage if is_frozen)
+            for _, unit in of_stage:
+                self._places.update({(index, place.parameter.name): (unit, place) for place in unit.layout.placed})
+            self._buffer_bytes += move_buffers(module, self.device)
+
+    def _make_optimizer(self) -> Optimizer:
+        """The optimizer of this rank's partitions; its states join what lives on disk."""
+        swaps = [unit.states_swap for unit in self.units]
+        for swap in swaps:
+            if swap is not None:
+                swap.open_blank()
+        optimizer = self.sharding.make_optimizer(self.partitions())
+        for swap, state in zip(swaps, optimizer.state, strict=True):
+            if swap is not None:
+                for role, tensor in state.items():
+                    swap.add(role, tensor)
+                swap.drop()
+        return optimizer
+
+    def partitions(self) -> list[FlatPartition]:
+        """What the optimizer sees."""
+        return [unit.partition(self.sharding.whole_tensors) for unit in self.units]
 
     def _keeps_whole(self, flat_unit: str) -> bool:
         """Whether a unit's gradient is whole over the microbatches of a step, where it need not be."""
@@ -230,6 +198,7 @@ class ShardedModel:
         master weights."""
         unit, place = self._places[stage, name]
         assert tuple(value.shape) == place.parameter.shape, (name, value.shape)
+        self.offload.open(unit)
         unit.assign(place.offset, value)
 
     def stage(self, index: int) -> StageParameters:
@@ -264,6 +233,9 @@ class ShardedModel:
 
     def begin_run(self, schedule: Schedule) -> None:
         """At stage 3: follow the gather plan of `schedule`, made at its first run."""
+        self.offload.put_back()
+        if self._watch is not None and not schedule.is_forward_only:
+            self._watch.begin()
         if self.gatherer is None:
             return
         key = id(schedule)  # which is kept, so that no other can have it
@@ -272,6 +244,14 @@ class ShardedModel:
             self._gather_plans[key] = (schedule, self.gatherer.plan(uses_of(actions, self._uses)[0]))
         _, plan = self._gather_plans.get(key, (schedule, None))
         self.gatherer.begin_run(key, plan)
+
+    def begin_step(self) -> None:
+        """A step begins whose computations are known from the one before at most."""
+        self.offload.put_back()
+        if self._watch is not None:
+            self._watch.begin()
+        if self.gatherer is not None:
+            self.gatherer.begin_run("step")
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -326,8 +306,20 @@ class ShardedModel:
 
     def update(self, lr: float, factor: float) -> None:
         """Update this rank's partitions with its gradients times `factor`, and the weights on all data ranks."""
-        self.optimizer.step(lr, self.loss_scale / factor if factor else inf)
-        self._publish_weights()
+        scale = self.loss_scale / factor if factor else inf
+        if self.gatherer is not None:
+            self.gatherer.invalidate()
+        self.offload.begin_update()
+        handles: list[comm.Handle] = []
+        for place, members in enumerate(self.offload.groups):
+            self.offload.bring(place)
+            self.optimizer.step_parts(members, lr, scale)
+            handles += self._publish([self.units[index] for index in members])
+            self.offload.take_away(place)
+        self.optimizer.end_step()
+        self.offload.end_update()
+        for handle in handles:
+            handle.wait()
 
     def close_step(self, norm: float) -> StepOutcome:
         """End a step whose norm is known and that was applied: its gradients may be forgotten, the scale adapts.
@@ -336,6 +328,8 @@ class ShardedModel:
         """
         scale, skipped = self.loss_scale, self._overflows(norm)
         self._stale, self._finished = True, False
+        if self._watch is not None and self._watch.end():
+            self._watch = None
         self.scaler.update(skipped)
         return StepOutcome(norm, skipped, scale)
 
@@ -346,13 +340,25 @@ class ShardedModel:
         """Bring the updated weights into the modules of all data ranks; at stage 3 they are gathered when needed."""
         if self.gatherer is not None:
             self.gatherer.invalidate()
-        handles = []
+        handles: list[comm.Handle] = []
         for unit in self.units:
-            unit.round_master()
-            if self._partitioned and not unit.is_sharded:
-                handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, async_op=True))
+            self.offload.open(unit)
+            handles += self._publish([unit])
+        self.offload.put_back()
         for handle in handles:
             handle.wait()
+
+    def _publish(self, units: Iterable[FlatUnit]) -> list[comm.Handle]:
+        """Round the master weights of units, and begin to gather those that are always whole."""
+        handles = []
+        for unit in units:
+            if unit.shard_swap is not None:
+                unit.shard_swap.open_blank()
+            unit.round_master()
+            if self._partitioned and not unit.is_sharded:
+                sizes = unit.layout.uneven_sizes
+                handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, sizes, async_op=True))
+        return handles
 
     # ---- state --------------------------------------------------------------------------------------------------
 
@@ -361,13 +367,14 @@ class ShardedModel:
 
         Role `master` for the optimizer's weights, or `weight` where the module's own have the same bits, and one role
         per state of the optimizer. Offsets in a spec count from the beginning of its tensor. Where several ranks hold the
-        same, replica 0 marks the one that owns it.
+        same, replica 0 marks the one that owns it. What lives on disk is in memory then, until the next run begins.
         """
+        self.offload.open_all()
         entries: list[StateEntry] = []
         for unit, state in zip(self.units, self.optimizer.state, strict=True):
             tensors = {unit.master_role: unit.master, **state}
             for role, tensor in tensors.items():
-                entries.extend(self._entries(unit, role, tensor))
+                entries.extend(e for e in self._entries(unit, role, tensor) if self.optimizer.keeps(role, e[1].name))
         for units in self._frozen.values():
             for unit in units:
                 entries.extend(self._entries(unit, "weight", unit.own_weight))
@@ -431,24 +438,31 @@ class ShardedModel:
         """Bytes this rank stores, by category: parameters, gradients, optimizer (masters and moments), buffers.
 
         `gather_window`: the most that was there beyond these at one time, of whole weights and whole gradients of units
-        of which the rank keeps its part.
+        of which the rank keeps its part. Categories in host memory and on disk begin with `host_` and `disk_`;
+        `host_swap`: the most that was in host memory at one time of what lives on disk.
         """
-        masters = [unit.master for unit in self.units if unit.has_master]
-        moments = [tensor for state in self.optimizer.state for tensor in state.values()]
-        return {
-            "parameters": bytes_of([unit.weight if unit.shard is None else unit.shard for unit in self.all_units()]),
-            "gradients": bytes_of([unit.gradient for unit in self.units]),
-            "optimizer": bytes_of([*masters, *moments]),
-            "buffers": self._buffer_bytes,
-            "gather_window": self.reducer.pool.peak_bytes + (self.gatherer.peak_bytes if self.gatherer else 0),
-            **self.kept_bytes,
-        }
+        found = {"parameters": 0, "gradients": 0, "optimizer": 0, "buffers": self._buffer_bytes}
+        for unit in self.all_units():
+            add_bytes(found, unit.placement.weights, "parameters", [unit.weight if unit.shard is None else unit.shard])
+        for unit, state in zip(self.units, self.optimizer.state, strict=True):
+            states = unit.placement.states
+            passes = Tier.DEVICE if unit.has_whole_gradient or states is Tier.DEVICE else Tier.HOST
+            add_bytes(found, passes, "gradients", [unit.gradient])
+            if unit.optimizer_gradient is not None:
+                add_bytes(found, Tier.HOST, "gradients", [unit.optimizer_gradient])
+            add_bytes(found, states, "optimizer", [*([unit.master] if unit.has_master else []), *state.values()])
+        if self.offload.peak_host_bytes:
+            found["host_swap"] = self.offload.peak_host_bytes
+        found["gather_window"] = self.reducer.pool.peak_bytes + (self.gatherer.peak_bytes if self.gatherer else 0)
+        return {**found, **self.kept_bytes}
 
     def close(self) -> None:
         """Remove all hooks and gradients; the modules keep their weights, whole. Every data rank must call it."""
         self.reducer.close()
+        self.offload.put_back()
         if self.gatherer is not None:
             self.gatherer.close()
+        self.offload.close()
 
     def leave(self, topology: Topology) -> None:
         """Remove all hooks and forget the process groups, without a word to other ranks; parted weights stay so.
@@ -459,6 +473,13 @@ class ShardedModel:
         self.topology = self.reducer.topology = topology
         if self.gatherer is not None:
             self.gatherer.leave(topology.dp)
+        self.offload.close()
+
+
+def add_bytes(found: dict[str, int], tier: Tier, category: str, tensors: Sequence[Tensor]) -> None:
+    """Count tensors under the category of a tier."""
+    name = {Tier.DEVICE: category, Tier.HOST: f"host_{category}", Tier.DISK: f"disk_{category}"}[tier]
+    found[name] = found.get(name, 0) + bytes_of(tensors)
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
