@@ -12,7 +12,8 @@ rank, at the first call and for seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,9 +31,39 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return function(*arguments)
-    part = _Part(function, arguments)
-    with saved_tensors_hooks(part.forget, part.remember):
+    with forgetting(function, *arguments):
         return function(*arguments)
+
+
+def forgetting(function: Callable[..., Any], *arguments: Any) -> saved_tensors_hooks:
+    """The context in which `function(*arguments)` is to be called to be `recomputed`."""
+    part = _Part(function, arguments)
+    return saved_tensors_hooks(part.forget, part.remember)
+
+
+class Surroundings:
+    """What a user's module depends on besides its arguments, as it is now: torch's random generators and autocast."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device`: whose generator counts, too, if it is a GPU."""
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._on_cpu = torch.get_rng_state()
+        self._on_device = None if self._device is None else torch.cuda.get_rng_state(self._device)
+        self._kind = "cpu" if self._device is None else "cuda"
+        self._autocast = (torch.is_autocast_enabled(self._kind), torch.get_autocast_dtype(self._kind))
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within it everything is as it was; afterwards as before."""
+        enabled, dtype = self._autocast
+        with (
+            torch.random.fork_rng(devices=[] if self._device is None else [self._device]),
+            torch.autocast(self._kind, dtype=dtype, enabled=enabled),
+        ):
+            torch.set_rng_state(self._on_cpu)
+            if self._on_device is not None and self._device is not None:
+                torch.cuda.set_rng_state(self._on_device, self._device)
+            yield
 
 
 class _Keep(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.errors import TrilithError
-from trilith.layers.recompute import recomputed
+from trilith.layers.recompute import Surroundings, recomputed
 from trilith.models.base import LocalParameter
 from trilith.models.pipeline_model import DeclaredLayer, LayerSpec, ParameterOfLayer, PipelineModel, TiedLayerSpec
 from trilith.models.structure import (
@@ -268,18 +269,12 @@ def _recomputed_layer(stage: LayerStage, index: int, value: Any) -> Any:
     """The output of a layer that keeps nothing for backward; it draws the same random numbers twice."""
     tensors, scalars, form = take_apart(value, f"the input of layer {index}")
     device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-    states = (torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device))
-    is_again = False
+    surroundings, is_again = Surroundings(device), False
 
     def run(*inputs: Tensor) -> Any:
         nonlocal is_again
         again, is_again = is_again, True
-        if not again:
-            return stage.call(index, put_together(form, inputs, scalars))
-        with torch.random.fork_rng(devices=[] if device is None else [device]):
-            torch.set_rng_state(states[0])
-            if device is not None and states[1] is not None:
-                torch.cuda.set_rng_state(states[1], device)
+        with surroundings.again() if again else nullcontext():
             return stage.call(index, put_together(form, inputs, scalars))
 
     return recomputed(run, *tensors)

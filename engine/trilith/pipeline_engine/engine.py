@@ -52,9 +52,10 @@ from trilith.stepping.make import make_stepper
 from trilith.stepping.synchronous import SynchronousSteps
 from trilith.topology import Degrees, Topology
 from trilith.zero import module as data_parallel
+from trilith.zero.declared import place
 from trilith.zero.delayed import make_model
-from trilith.zero.module import device_of, join, leave_at_exit, place, without_groups
 from trilith.zero.sharded import ShardedModel, Sharding, StepOutcome
+from trilith.zero.world import device_of, join, leave_at_exit, without_groups
 
 LOGGER = logging.getLogger(__name__)
 

@@ -322,8 +322,9 @@ class DelayedModel(ShardedModel):
         """Those of the versions that are not in `units`."""
         return [unit for slot in self._slots if slot is not self._updated for unit in slot.units]
 
-    def _all_units(self) -> list[FlatUnit]:
-        return [*super()._all_units(), *self._other_units()]
+    def all_units(self) -> list[FlatUnit]:
+        """As `ShardedModel.all_units`, of all versions."""
+        return [*super().all_units(), *self._other_units()]
 
     def memory_bytes(self) -> dict[str, int]:
         """As `ShardedModel.memory_bytes`, all versions counted."""

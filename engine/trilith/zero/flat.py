@@ -122,6 +122,11 @@ class FlatUnit:
         return self.weight[self.start : self.stop] if self.shard is None else self.shard
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether there is no gradient."""
+        return self.gradient.numel() == 0
+
+    @property
     def is_sharded(self) -> bool:
         """Whether the weights are whole only between `unshard` and `reshard`."""
         return self.shard is not None
@@ -181,6 +186,25 @@ class FlatUnit:
                 f"unit {self.layout.name}: its weights cannot be let go, because something outside of torch holds their "
                 "memory (`parameter.numpy()`?). Look at a copy instead: `parameter.detach().clone()`"
             ) from None
+
+    @torch.no_grad()
+    def collect_weights(self) -> None:
+        """Bring home weights that left the flat buffer while they were whole: the user may have set `.data`."""
+        for parameter, view in zip(self.parameters, self.weight_views, strict=True):
+            if parameter.data_ptr() != view.data_ptr():
+                view.data.copy_(parameter.data)
+                parameter.data = view
+
+    @torch.no_grad()
+    def take_weight(self) -> None:
+        """The whole weights were changed: shard and masters follow. A master that rounds to what is there stays exact."""
+        own = self.weight.data[self.start : self.stop]
+        if self.shard is not None:
+            self.shard.copy_(own)
+        if self.has_master:
+            own = own.to(self.master.device)
+            changed = self.master.to(own.dtype) != own
+            self.master.copy_(torch.where(changed, own.to(self.master.dtype), self.master))
 
     def attach_gradients(self) -> None:
         """Let autograd accumulate into the flat buffer; only where both have one dtype."""

@@ -11,7 +11,7 @@ at once, and its uses are written down: the next step has them as its plan.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from math import inf
 
@@ -104,6 +104,11 @@ class Gatherer:
         for number in range(len(self._units)):
             self._wait(number)
 
+    def leave(self, group: Group) -> None:
+        """Remove the hooks and forget the group; `group` is of this rank alone."""
+        self.detach()
+        self._group = group
+
     def detach(self) -> None:
         """Remove the hooks, for good."""
         for handle in self._hooks:
@@ -148,16 +153,21 @@ class Gatherer:
         """Let go of what the plan does not keep (RELEASE); most of it is gone since the end of its use."""
         self._drop(unit for unit in list(self._due) if not self._pins[unit])
 
-    @contextmanager
-    def all_whole(self) -> Iterator[None]:
+    def all_whole(self) -> AbstractContextManager[None]:
         """Within it every unit is whole; all ranks of the group must enter and leave together.
 
         What is computed inside is no use of a plan, and need not be the same on all ranks.
         """
-        missing = [number for number in range(len(self._units)) if number not in self._whole]
+        return self.whole(self._units)
+
+    @contextmanager
+    def whole(self, units: Iterable[FlatUnit]) -> Iterator[None]:
+        """As `all_whole` for some units; others of `units` are whole anyway. Computing is for a context with all."""
+        numbers = [self._number[id(unit)] for unit in units if id(unit) in self._number]
+        missing = [number for number in numbers if number not in self._whole]
         for number in missing:
             self._launch(number)
-        for number in range(len(self._units)):
+        for number in numbers:
             self._wait(number)
             self._pins[number] += 1
         self._num_whole += 1
@@ -165,7 +175,7 @@ class Gatherer:
             yield
         finally:
             self._num_whole -= 1
-            for number in range(len(self._units)):
+            for number in numbers:
                 self._pins[number] -= 1
             self._drop(missing)
 

@@ -245,6 +245,14 @@ class ShardedModel:
         _, plan = self._gather_plans.get(key, (schedule, None))
         self.gatherer.begin_run(key, plan)
 
+    def begin_step(self) -> None:
+        """A step begins whose computations are known from the one before at most."""
+        self.offload.put_back()
+        if self._watch is not None:
+            self._watch.begin()
+        if self.gatherer is not None:
+            self.gatherer.begin_run("step")
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Within it the weights of this rank's stages are whole; all data ranks must enter and leave it together."""
@@ -394,6 +402,9 @@ class ShardedModel:
     def after_load(self) -> None:
         """Bring the modules' weights up to date after the tensors of `state_entries` were filled."""
         self._publish_weights()
+        for unit in self.all_units():
+            if unit.is_frozen and unit.layout.degree > 1 and not unit.is_sharded:
+                comm.all_gather(unit.weight, unit.own_weight, self.topology.dp).wait()
 
     def state_dict(self) -> dict[str, Any]:
         """The scalars that a checkpoint keeps, JSON-able; the same on every rank."""
@@ -411,9 +422,16 @@ class ShardedModel:
 
     def weight_buffers(self) -> list[Tensor]:
         """The flat buffers, in the parameter dtype, that all weights of this rank's stages are views of: every version."""
-        return [unit.weight for unit in self._all_units()]
+        return [unit.weight for unit in self.all_units()]
 
-    def _all_units(self) -> list[FlatUnit]:
+    def whole_units(self) -> Iterator[FlatUnit]:
+        """The units one after the other, each whole while it is given; all data ranks must go through all of them."""
+        for unit in self.all_units():
+            with nullcontext() if self.gatherer is None else self.gatherer.whole([unit]):
+                yield unit
+
+    def all_units(self) -> list[FlatUnit]:
+        """Those that are trained, and frozen ones."""
         return [*self.units, *(unit for units in self._frozen.values() for unit in units)]
 
     def memory_bytes(self) -> dict[str, int]:
@@ -424,7 +442,7 @@ class ShardedModel:
         `host_swap`: the most that was in host memory at one time of what lives on disk.
         """
         found = {"parameters": 0, "gradients": 0, "optimizer": 0, "buffers": self._buffer_bytes}
-        for unit in self._all_units():
+        for unit in self.all_units():
             add_bytes(found, unit.placement.weights, "parameters", [unit.weight if unit.shard is None else unit.shard])
         for unit, state in zip(self.units, self.optimizer.state, strict=True):
             states = unit.placement.states
@@ -444,6 +462,17 @@ class ShardedModel:
         self.offload.put_back()
         if self.gatherer is not None:
             self.gatherer.close()
+        self.offload.close()
+
+    def leave(self, topology: Topology) -> None:
+        """Remove all hooks and forget the process groups, without a word to other ranks; parted weights stay so.
+
+        `topology`: of a rank with nobody to talk to.
+        """
+        self.reducer.close()
+        self.topology = self.reducer.topology = topology
+        if self.gatherer is not None:
+            self.gatherer.leave(topology.dp)
         self.offload.close()
 
 
