@@ -1,9 +1,10 @@
 """Communication: the only room that knows what a backend has and lacks. Import it as `from trilith import comm`.
 
 Every function takes a `topology.Group`; a group of one rank communicates nothing, and that is decided here and nowhere
-else. `collectives` moves tensors, `gloo` composes what gloo lacks or does slowly, `autograd` holds the collectives that
-a gradient passes through, `objects` moves small values, `clock` aligns the ranks' clocks. All ranks of a group must
-call in the same order.
+else. `collectives` moves tensors, `gloo` composes what gloo lacks or does slowly, `shared` does the same through the
+memory of one machine (`meeting` finds it, `ring` orders it, `memory` asks the system for it), `autograd` holds the
+collectives that a gradient passes through, `objects` moves small values, `clock` aligns the ranks' clocks. All ranks of
+a group must call in the same order.
 """
 
 from trilith.comm.autograd import (
