@@ -83,7 +83,7 @@ def test_optimizers(optimizer: str, tmp_path: Path) -> None:
     assert_same_bits(plain, others)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+@pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.slow), "zb_v"])
 def test_pipelines(schedule: str, tmp_path: Path) -> None:
     virtual = 2 if schedule == "zb_v" else 1
     for zero, kinds in ((2, ("cpu none", "nvme none")), (3, ("cpu nvme", "nvme cpu", "auto auto"))):

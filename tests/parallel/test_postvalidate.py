@@ -305,7 +305,10 @@ def same(first: Run, second: Run) -> bool:
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(layout, marks=[pytest.mark.slow] if index % 2 else []) for index, layout in enumerate(LAYOUTS)],
+    [
+        pytest.param(layout, marks=[pytest.mark.slow] if index % 2 or layout.pipeline > 3 else [])
+        for index, layout in enumerate(LAYOUTS)
+    ],
     ids=str,
 )
 def test_whole_runs(layout: Layout) -> None:
