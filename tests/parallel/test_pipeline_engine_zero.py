@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ SHAPES = ((0, 0, 1), (0, 1, 2))  # by data rank and step: a kind of input is new
 STEPS = len(SHAPES[0])
 SMALL, NOTHING_KEPT = ("stage3_param_persistence_threshold", 0), ("stage3_max_live_parameters", 0)
 NO_PREFETCH = ("stage3_prefetch_bucket_size", 0)
+LOPSIDED = (("stage3_param_persistence_threshold", 70),)  # the convolution of the first stage alone is parted
 PARTED, CAPPED = (SMALL,), (SMALL, NOTHING_KEPT, NO_PREFETCH)
 OFFLOADED = (SMALL, ("offload_optimizer", {"device": "cpu"}), ("offload_param", {"device": "cpu"}))
 
@@ -178,6 +179,7 @@ def broken(good: list[Batch], how: str) -> Iterator[Batch]:
 def fails_within_a_span(rank: int, world_size: int, case: Case) -> list[tuple[str, str]]:
     """In the second step the first stage of data rank 1 has no data; data rank 0 has some of a new kind. Then all go on."""
     engine = trilith.initialize(model(), case.config())
+    assert (engine.sharded.gatherer is not None) == (engine.is_first_stage or SMALL in case.zero_keys)
     data_rank, found = engine.topology.dp.index, list[tuple[str, str]]()
     batches = [case.batches.microbatch(0, number, data_rank) for number in range(case.microbatches)]
     for length, how in enumerate(("ends", "raises"), 6):
@@ -196,8 +198,9 @@ def fails_within_a_span(rank: int, world_size: int, case: Case) -> list[tuple[st
     return found
 
 
-def test_every_data_rank_hears_of_an_error_within_a_span() -> None:
-    case = replace(RaggedCase(zero_keys=PARTED), microbatches=2)
+@pytest.mark.parametrize("keys", [PARTED, LOPSIDED], ids=["all", "lopsided"])
+def test_every_data_rank_hears_of_an_error_within_a_span(keys: tuple[tuple[str, Any], ...]) -> None:
+    case = RaggedCase(zero_keys=keys, microbatches=2)
     results = run_ranks(4, fails_within_a_span, case)
     for rank, (ended, failed) in enumerate(results):
         assert ended[0] in ("TrilithError", "_Ended") and "data_iter: ended" in ended[1]

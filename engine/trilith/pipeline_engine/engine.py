@@ -192,7 +192,8 @@ class PipelineEngine:
         def make_executor(schedule: Schedule) -> Executor:
             return Executor(sharded.with_gathers(schedule), stages, channels)
 
-        feed = BatchFeed(stages, layout.schedule.placement, topology, sharded)
+        parted = sharded if config.zero_optimization.stage == 3 else None
+        feed = BatchFeed(stages, layout.schedule.placement, topology, parted)
         keeper = StateKeeper(self._stages.values(), topology.device)
         parts = Parts(sharded, layout.schedule, make_executor, feed, self._lr, topology, Failpoints(), keeper)
         return _Running(sharded, feed, make_stepper(parts, config.pipeline.optimizer_sync), make_executor)

@@ -108,10 +108,10 @@ class Agreement:
     def _ask_data_ranks(self, found: int) -> tuple[int, AbstractContextManager[None]]:
         """The worst problem (a code; 0: none) of any data rank, and what to find boundaries in.
 
-        Only where weights are parted does anybody ask.
+        Only at stage 3 does anybody ask; then every rank of the pipeline, also one that has no parted weights itself.
         """
         sharded = self._sharded
-        if sharded is None or sharded.gatherer is None:
+        if sharded is None:
             return 0, nullcontext()
         says = -found if found < 0 else 0
         answers = torch.tensor([says, found == self._next_number], dtype=torch.int64, device=self._topology.device)
@@ -204,7 +204,7 @@ class BatchFeed:
         topology: Topology,
         sharded: ShardedModel | None = None,
     ) -> None:
-        """`sharded`: the rank's weights; None where they are always whole."""
+        """`sharded`: the rank's weights at ZeRO stage 3; None on all ranks at others, where they are always whole."""
         self._topology, self._num_microbatches = topology, 0
         self._is_first, self._is_last = 0 in stages, len(placement) - 1 in stages
         self._agreement = Agreement(stages, placement, topology, sharded)
