@@ -27,6 +27,7 @@ class Case:
     virtual_stages: int = 1
     microbatches: int = 4
     zero: int = 0
+    zero_keys: tuple[tuple[str, Any], ...] = ()
     frozen: bool = False
     lengths: tuple[int, ...] = (5,)
     partition: Any = "uniform"
@@ -57,7 +58,7 @@ class Case:
                 "optimizer_sync": self.optimizer_sync,
             },
             "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.1, "eps": 1e-3}},
-            "zero_optimization": {"stage": self.zero, "reduce_bucket_size": 0},
+            "zero_optimization": {"stage": self.zero, "reduce_bucket_size": 0, **dict(self.zero_keys)},
             "activation_checkpointing": {"recompute": self.recompute},
         }
 
@@ -68,7 +69,8 @@ def name(case: Case) -> str:
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
-    return {key: tensor.detach().cpu().clone() for key, tensor in engine.module.state_dict().items()}
+    with engine.sharded.gathered():
+        return {key: tensor.detach().cpu().clone() for key, tensor in engine.module.state_dict().items()}
 
 
 def gradients_of(engine: Any) -> dict[str, Tensor]:

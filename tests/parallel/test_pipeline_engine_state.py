@@ -238,7 +238,8 @@ SCRIPT = """
 import sys, torch, trilith
 from tests.layer_cases import model
 from tests.parallel.test_pipeline_engine import Case
-case = Case(data=1)
+parted = Case(pipeline=1, data=2, zero=3, zero_keys=(("stage3_param_persistence_threshold", 0),))
+case = parted if sys.argv[2] == "3" else Case()
 engine = trilith.initialize(model(), case.config())
 engine.train_batch(case.batches.stream(0))
 kept = engine.module
@@ -250,8 +251,13 @@ print("left")
 """
 
 
-@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("close", "drop")), "keep"])
-def test_scripts_end_in_peace(how: str, tmp_path: Path) -> None:
+ENDS = [("close", 0), ("drop", 0), ("close", 3), ("keep", 3)]
+
+
+@pytest.mark.parametrize(
+    "how, stage", [*(pytest.param(how, stage, marks=pytest.mark.slow) for how, stage in ENDS), ("keep", 0)]
+)
+def test_scripts_end_in_peace(how: str, stage: int, tmp_path: Path) -> None:
     """Under torchrun's environment the world is joined, and left, whoever still holds the engine or the module."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -269,7 +275,7 @@ def test_scripts_end_in_peace(how: str, tmp_path: Path) -> None:
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), how],
+            [sys.executable, str(script), how, str(stage)],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

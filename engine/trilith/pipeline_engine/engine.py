@@ -190,9 +190,10 @@ class PipelineEngine:
         channels = GroupChannels(topology)
 
         def make_executor(schedule: Schedule) -> Executor:
-            return Executor(schedule, stages, channels)
+            return Executor(sharded.with_gathers(schedule), stages, channels)
 
-        feed = BatchFeed(stages, layout.schedule.placement, topology)
+        parted = sharded if config.zero_optimization.stage == 3 else None
+        feed = BatchFeed(stages, layout.schedule.placement, topology, parted)
         keeper = StateKeeper(self._stages.values(), topology.device)
         parts = Parts(sharded, layout.schedule, make_executor, feed, self._lr, topology, Failpoints(), keeper)
         return _Running(sharded, feed, make_stepper(parts, config.pipeline.optimizer_sync), make_executor)
@@ -390,22 +391,25 @@ class PipelineEngine:
 
         Leaves the process group if `initialize` made it.
         """
-        if self._owns_world and self._live is not None:
-            atexit.unregister(self._leave_at_exit)
-            leave_world()
+        if self._live is not None:
+            self._live.sharded.close()
+            if self._owns_world:
+                atexit.unregister(self._leave_at_exit)
+                leave_world()
         self.forget_groups()
 
     def forget_groups(self) -> None:
-        """Let go of all process groups, for good, and of what needs them.
+        """Let go of all process groups, for good, and of what needs them, without a word to other ranks.
 
-        gloo's threads abort a process in which a group lives on until the interpreter is gone.
+        Weights that are parted (stage 3) stay so, unless `close` came before. gloo's threads abort a process in which a
+        group lives on until the interpreter is gone.
         """
         live, self._live = self._live, None
         if live is not None:
-            live.sharded.close()
+            self.topology = without_groups(self.topology)
+            live.sharded.leave(self.topology)
             for linear in self._deferred:
                 linear.queue = None
-            self.topology = without_groups(self.topology)
             del live
             gc.collect()  # executors and their tables hold each other
 

@@ -4,15 +4,21 @@ Shapes may change from step to step, but only the rank of the first stage sees t
 the kinds of input that it meets and tells the other ranks of its pipeline the number: one integer a step. A new number
 makes them find all boundaries, by one chain of forwards without gradients; the others they know.
 
+At ZeRO stage 3 these forwards need weights that are gathered over the data ranks, and each data rank's pipeline meets its
+own kinds of input. So the data ranks tell each other once a step whether one of them finds boundaries: then all have whole
+weights while it does, whether they find any themselves or not.
+
 What is wrong with the data one rank alone can see. The first step of a span begins on an empty pipeline: there all ranks
 of the world tell each other whether they have it, and all raise where one has not. Later steps wait for nobody: there the
-rank of the first stage tells its pipeline, and the error of another rank is its own.
+rank of the first stage tells its pipeline (at stage 3 with it those of all data ranks), and the error of another rank is
+its own.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +34,7 @@ from trilith.pipeline.transport import Boundary
 from trilith.pipeline_engine.keeper import StateKeeper
 from trilith.stepping.base import StepBatch
 from trilith.topology import Topology
+from trilith.zero.sharded import ShardedModel
 
 KINDS_KEPT = 256  # kinds of input whose boundaries are remembered; one that was forgotten is found out again
 _NO_MORE_DATA, _FAILED = -1, -2
@@ -43,13 +50,20 @@ class Crossing:
 
 
 class Agreement:
-    """One pipeline's knowledge of what crosses; all its ranks must make the same calls.
+    """One pipeline's knowledge of what crosses; all its ranks must make the same calls, and so must the data ranks of
+    `sharded` where weights are parted.
 
     Kinds are numbered as they come; of the last `KINDS_KEPT` numbers all ranks remember what crosses.
     """
 
-    def __init__(self, stages: Mapping[int, PipelineStage], placement: tuple[int, ...], topology: Topology) -> None:
-        self._stages, self._placement, self._topology = stages, placement, topology
+    def __init__(
+        self,
+        stages: Mapping[int, PipelineStage],
+        placement: tuple[int, ...],
+        topology: Topology,
+        sharded: ShardedModel | None = None,
+    ) -> None:
+        self._stages, self._placement, self._topology, self._sharded = stages, placement, topology, sharded
         self._numbers: dict[str, int] = {}  # on the rank of the first stage: kind of input -> its number
         self._known: dict[int, Crossing] = {}
         self._next_number = 0
@@ -61,6 +75,21 @@ class Agreement:
         `inputs`: those of a microbatch, there. `problem`: why this rank has no data. It is raised once the others have
         been told, if this is the rank of the first stage; a TrilithError is raised on all that are told.
         """
+        found = self._number_of(kind, problem)
+        others, gathers = self._ask_data_ranks(found)
+        if problem is not None:
+            raise problem
+        if found < 0:
+            raise TrilithError(_told(found, "the rank of the first stage"))
+        if others < 0:
+            raise TrilithError(_told(others, "a rank of the first stage"))
+        with gathers:
+            if found == self._next_number:
+                self._remember(kind, self._discover(inputs))
+        return self._known[found]
+
+    def _number_of(self, kind: str | None, problem: Exception | None) -> int:
+        """The number of this pipeline's kind, from the rank of the first stage, or the code of its problem."""
         source = self._placement[0]
         number = torch.empty(1, dtype=torch.int64, device=self._topology.device)
         if 0 in self._stages:
@@ -74,14 +103,21 @@ class Agreement:
             self._sending = (number, comm.broadcast(number, source, self._topology.pp, async_op=True))
         else:
             comm.broadcast(number, source, self._topology.pp)
-        found = int(number)
-        if problem is not None:
-            raise problem
-        if found < 0:
-            raise TrilithError(_told(found, "the rank of the first stage"))
-        if found == self._next_number:
-            self._remember(kind, self._discover(inputs))
-        return self._known[found]
+        return int(number)
+
+    def _ask_data_ranks(self, found: int) -> tuple[int, AbstractContextManager[None]]:
+        """The worst problem (a code; 0: none) of any data rank, and what to find boundaries in.
+
+        Only at stage 3 does anybody ask; then every rank of the pipeline, also one that has no parted weights itself.
+        """
+        sharded = self._sharded
+        if sharded is None:
+            return 0, nullcontext()
+        says = -found if found < 0 else 0
+        answers = torch.tensor([says, found == self._next_number], dtype=torch.int64, device=self._topology.device)
+        comm.all_reduce(answers, self._topology.dp, op="max").wait()
+        problem, discovers = answers.tolist()
+        return -problem, sharded.gathered() if discovers and not problem else nullcontext()
 
     def _remember(self, kind: str | None, crossing: Crossing) -> None:
         """Give the next number, and forget that of long ago: every rank the same one."""
@@ -134,10 +170,8 @@ def _probe(
     assert isinstance(module, LayerStage)
     keeper = StateKeeper([module], device)
     keeper.save()
-    stage.parameters.gather()
     with torch.no_grad():
         made = module.run(value)
-    stage.parameters.release()
     keeper.restore()
     outputs, form = module.handed_on(made)
     tensors, scalars, _ = take_apart(made, module.last_layer)
@@ -163,10 +197,17 @@ def _told(code: int, who: str) -> str:
 class BatchFeed:
     """Reads each step's microbatches, (inputs, labels) each, on the ranks of the first and the last stage."""
 
-    def __init__(self, stages: Mapping[int, PipelineStage], placement: tuple[int, ...], topology: Topology) -> None:
+    def __init__(
+        self,
+        stages: Mapping[int, PipelineStage],
+        placement: tuple[int, ...],
+        topology: Topology,
+        sharded: ShardedModel | None = None,
+    ) -> None:
+        """`sharded`: the rank's weights at ZeRO stage 3; None on all ranks at others, where they are always whole."""
         self._topology, self._num_microbatches = topology, 0
         self._is_first, self._is_last = 0 in stages, len(placement) - 1 in stages
-        self._agreement = Agreement(stages, placement, topology)
+        self._agreement = Agreement(stages, placement, topology, sharded)
         self._given: Any = None
         self._source: Iterator[Any] | None = None
         self.has_begun = False  # whether a step was given since `begin`

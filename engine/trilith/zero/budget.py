@@ -21,7 +21,7 @@ from trilith.pipeline.search import human_bytes
 from trilith.pipeline.simulate import peak_bytes
 from trilith.zero.partition import split_small
 from trilith.zero.placement import ON_DEVICE, Sized, Tier, place_units
-from trilith.zero.residency import GatherPlan, StageUses, Use, gather_limits, plan_gathers, uses_of
+from trilith.zero.residency import GatherPlan, StageUses, Use, gather_limits, gather_marks, plan_gathers, uses_of
 
 WEIGHTLESS_BACKWARD = "embedding"  # the unit whose backward reads no weights
 # Whole gradients that exist at one time where they are reduced after every microbatch: one filled, two on their way.
@@ -96,7 +96,7 @@ def with_gathers(
         stages = {stage: _stage_uses(stage, units[slice(*cuts[stage])], number) for stage in schedule.stages_of(rank)}
         uses, spans = uses_of(actions, stages)
         plan = plan_gathers(uses, [unit.large for unit in held], gather_limits(zero))
-        marks.append({index: (bool(plan.before[lo]), any(plan.releases[lo:hi])) for index, lo, hi in spans})
+        marks.append(gather_marks(plan, spans))
         plans.append(plan)
     return insert_gathers(schedule, marks), tuple(plans)
 

@@ -338,6 +338,13 @@ class DelayedModel(ShardedModel):
         for slot in self._slots:
             slot.reducer.close()
 
+    def leave(self, topology: Topology) -> None:
+        """As `ShardedModel.leave`, in every version."""
+        super().leave(topology)
+        for slot in self._slots:
+            slot.reducer.close()
+            slot.reducer.topology = topology
+
 
 def _version_of(unit: FlatUnit, *, shares_gradient: bool) -> FlatUnit:
     """The same unit with other weights, their values equal for now; one master for all, and with `shares_gradient` one

@@ -230,3 +230,9 @@ def uses_of(
         if len(uses) > first:
             spans.append((index, first, len(uses)))
     return tuple(uses), tuple(spans)
+
+
+def gather_marks(plan: GatherPlan, spans: Sequence[tuple[int, int, int]]) -> dict[int, tuple[bool, bool]]:
+    """For `pipeline.passes.insert_gathers`: by index of an action with uses (`spans`, of `uses_of`), whether it begins
+    with weights to be fetched, and whether it lets some go."""
+    return {index: (bool(plan.before[lo]), any(plan.releases[lo:hi])) for index, lo, hi in spans}

@@ -31,6 +31,7 @@ from trilith.sharding import ShardSpec
 from trilith.topology import Group, Topology
 from trilith.zero.auto_placement import FirstSteps
 from trilith.zero.flat import DeclaredModule, FlatUnit, move_buffers
+from trilith.zero.gather_plans import GatherPlans
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.offload import Disk, Offload
 from trilith.zero.owners import Owners
@@ -42,7 +43,6 @@ from trilith.zero.partition import (
     with_copies,
 )
 from trilith.zero.placement import Moved, Tier
-from trilith.zero.residency import GatherPlan, uses_of
 from trilith.zero.stage_parameters import StageParameters
 from trilith.zero.storage import Storage, make_gatherer
 
@@ -133,8 +133,9 @@ class ShardedModel:
         self.optimizer = self._make_optimizer()
         self.reducer = self._make_reducer(self._units, zero)
         units_of = {index: (*self._units[index], *self._frozen[index]) for index in stages}
-        self.gatherer, self._uses = make_gatherer(stages, units_of, topology.dp, zero)
-        self._gather_plans: dict[int, tuple[Schedule, GatherPlan]] = {}
+        self.gatherer, uses = make_gatherer(stages, units_of, topology.dp, zero)
+        at = topology.coordinate("pp")
+        self._gather_plans = None if self.gatherer is None else GatherPlans(self.gatherer, uses, at)
         self._watch = FirstSteps.of(config, self)
         self._stale = self._finished = False
         self._extra_updates = 0  # of the optimizer, beyond one a step
@@ -236,14 +237,13 @@ class ShardedModel:
         self.offload.put_back()
         if self._watch is not None and not schedule.is_forward_only:
             self._watch.begin()
-        if self.gatherer is None:
-            return
-        key = id(schedule)  # which is kept, so that no other can have it
-        if key not in self._gather_plans and self._uses is not None:
-            actions = schedule.actions[self.topology.coordinate("pp")]
-            self._gather_plans[key] = (schedule, self.gatherer.plan(uses_of(actions, self._uses)[0]))
-        _, plan = self._gather_plans.get(key, (schedule, None))
-        self.gatherer.begin_run(key, plan)
+        if self.gatherer is not None and self._gather_plans is not None:
+            self.gatherer.begin_run(id(schedule), self._gather_plans.of(schedule))
+
+    def with_gathers(self, schedule: Schedule) -> Schedule:
+        """What an executor should run: at stage 3 `schedule` with GATHER and RELEASE in this rank's row, so that weights
+        are on their way while the rank waits for a message."""
+        return schedule if self._gather_plans is None else self._gather_plans.insert(schedule)
 
     def begin_step(self) -> None:
         """A step begins whose computations are known from the one before at most."""
