@@ -177,7 +177,8 @@ def test_full_disk_at_the_start(tmp_path: Path) -> None:
     process = start(tmp_path, "offload_reserve:1:7:full")
     words = ("OffloadError: rank 1: offload file in", "cannot reserve", "ENOSPC", "Free space there")
     assert_named(process, tmp_path, *words, rank=1)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert not metrics.exists() or not metrics.read_text(), "a step was taken"  # rank 0 may have opened the file
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
