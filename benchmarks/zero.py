@@ -49,7 +49,6 @@ from benchmarks.zero_peers import (
 )
 from trilith import preflight
 from trilith.data.sampler import microbatch_ids
-from trilith.errors import ConfigError
 from trilith.models.base import train_flops_per_token
 from trilith.process_groups import join_world, leave_world
 from trilith.trainer import Place, Trainer
@@ -59,7 +58,8 @@ SHAPE = Shape(num_layers=4, hidden_size=256, num_heads=4, vocab_size=2048, seque
 BLOCK_NUMEL = 12 * SHAPE.hidden_size**2 + 13 * SHAPE.hidden_size
 # The keys that engine and DeepSpeed share mean the same in both.
 STAGE3 = {"stage": 3, "stage3_param_persistence_threshold": 1000}
-TWO_BLOCKS = {"stage3_max_live_parameters": 2 * BLOCK_NUMEL}
+# Two blocks and the token embedding, which FSDP2 keeps whole from forward to backward, too.
+TWO_BLOCKS = {"stage3_max_live_parameters": 2 * BLOCK_NUMEL + SHAPE.vocab_size * SHAPE.hidden_size}
 
 
 @dataclass(frozen=True)
@@ -306,11 +306,6 @@ def measure(rounds: int, only: str) -> list[Result]:
         for case, setting in chosen:
             name = f"{CASES[case].name}, {SETTINGS[setting].name}"
             if only not in name:
-                continue
-            try:
-                preflight.plan(config(CASES[case], SETTINGS[setting].zero))
-            except ConfigError as error:
-                rows.append(Result(name, "time", "s", None, None, "-", note=str(error.violations[0])))
                 continue
             to = Path(directory) / "rows.json"
             code = trilith_launcher.launch(
