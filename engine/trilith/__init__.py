@@ -14,8 +14,18 @@ if TYPE_CHECKING:
     from trilith.models.pipeline_model import LayerSpec, PipelineModel, TiedLayerSpec
     from trilith.pipeline_engine.engine import initialize
     from trilith.trainer import Trainer
+    from trilith.zero.materialise import empty_weights
 
-__all__ = ["Config", "LayerSpec", "PipelineModel", "TiedLayerSpec", "Trainer", "initialize", "load_config"]
+__all__ = [
+    "Config",
+    "LayerSpec",
+    "PipelineModel",
+    "TiedLayerSpec",
+    "Trainer",
+    "empty_weights",
+    "initialize",
+    "load_config",
+]
 __version__ = "0.1.0"
 
 _HOMES = MappingProxyType(
@@ -25,6 +35,7 @@ _HOMES = MappingProxyType(
         "PipelineModel": "trilith.models.pipeline_model",
         "TiedLayerSpec": "trilith.models.pipeline_model",
         "Trainer": "trilith.trainer",
+        "empty_weights": "trilith.zero.materialise",
         "initialize": "trilith.pipeline_engine.engine",
         "load_config": "trilith.config",
     }

@@ -76,6 +76,7 @@ def initialize(
     config: Config | Mapping[str, Any] | str | Path,
     optimizer: torch.optim.Optimizer | None = None,
     lr_scheduler: Any = None,
+    **others: Any,
 ) -> data_parallel.Engine:
     """Any module, data-parallel."""
 
@@ -85,17 +86,24 @@ def initialize(
     config: Config | Mapping[str, Any] | str | Path,
     optimizer: torch.optim.Optimizer | None = None,
     lr_scheduler: Any = None,
+    **others: Any,
 ) -> PipelineEngine | data_parallel.Engine:
     """An engine that trains `model` on every rank of the world; every rank must call it with the same model and config.
 
     A PipelineModel is cut into stages as `parallel` and `pipeline` say; any other module is trained data-parallel (see
-    `zero.module.initialize`, also for the arguments). The engine may be unpacked as DeepSpeed's result: engine, optimizer,
+    `zero.module.initialize` for all arguments: `model_parameters`, `training_data`, `collate_fn` and `init_fn` are
+    `others`). The engine may be unpacked as DeepSpeed's result: engine, optimizer,
     None, learning-rate function.
 
     Raises ConfigError for a config that breaks a rule, TrilithError for a model or optimizer that cannot be trained so.
     """
     if not isinstance(model, PipelineModel):
-        return data_parallel.initialize(model, config, optimizer, lr_scheduler)
+        return data_parallel.initialize(model, config, optimizer, lr_scheduler, **others)
+    if others:
+        raise TrilithError(
+            f"{min(others)}: a PipelineModel builds its layers by itself and reads the iterator that train_batch is given. "
+            "Leave it out"
+        )
     if optimizer is not None:
         raise TrilithError(
             f"optimizer = {type(optimizer).__name__}: the layers of a PipelineModel are built on the rank that holds them, "
