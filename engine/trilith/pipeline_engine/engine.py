@@ -21,10 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trilith import checkpoint, comm
-from trilith.checkpoint.load import DTYPES
+from trilith import comm
 from trilith.config import Config, load_config, resolve
-from trilith.errors import CheckpointError, TrilithError
+from trilith.errors import TrilithError
 from trilith.failpoints import Failpoints
 from trilith.kernels.weight_queue import WeightQueue
 from trilith.layers.deferred_linear import DeferredLinear, defer_linears
@@ -46,7 +45,6 @@ from trilith.pipeline_engine.keeper import StateKeeper
 from trilith.pipeline_engine.layout import Layout, lay_out
 from trilith.precision import PrecisionPolicy
 from trilith.process_groups import build_topology, leave_world
-from trilith.sharding import Piece, ShardSpec, contiguous_strides, whole
 from trilith.stepping.base import LossReport, Parts, Stepper
 from trilith.stepping.make import make_stepper
 from trilith.stepping.synchronous import SynchronousSteps
@@ -54,6 +52,7 @@ from trilith.topology import Degrees, Topology
 from trilith.zero import module as data_parallel
 from trilith.zero.declared import place
 from trilith.zero.delayed import make_model
+from trilith.zero.engine_state import EngineState, found_checkpoint
 from trilith.zero.sharded import ShardedModel, Sharding, StepOutcome
 from trilith.zero.world import device_of, join, leave_at_exit, without_groups
 
@@ -305,69 +304,28 @@ class PipelineEngine:
         Any layout, schedule and ZeRO stage can load it. Buffers are those of data rank 0. `client_state`: whatever JSON
         can say, kept along. Raises CheckpointError on every rank if it cannot be written.
         """
-        sharded = self._idle.sharded
-        entries = [checkpoint.Entry(spec.with_role(role), tensor) for role, spec, tensor in sharded.owned_entries()]
-        state = {
-            "parameters": self._parameters(),
+        others = {
             "global_steps": self.global_steps,
             "skipped_steps": self.skipped_steps,
-            "model": sharded.state_dict(),
             "client": dict(client_state or {}),
         }
-        keep, control = self.config.checkpoint.keep_last, self.topology.control
-        entries += self._buffers()
-        return checkpoint.save(Path(save_dir), self.global_steps, entries, state, control, keep_last=keep)
+        return self._kept(self._idle).save(Path(save_dir), self.global_steps, others, self.config.checkpoint.keep_last)
 
     def load_checkpoint(self, load_dir: str | Path, step: int | None = None) -> tuple[Path, dict[str, Any]]:
         """Continue from the checkpoint of `step` (None: the newest) under `load_dir`; its directory and client state.
 
         Every rank must call it. Raises CheckpointError where there is none, it is damaged, or of another model.
         """
-        sharded, root, found = self._idle.sharded, Path(load_dir), None
-        if self.topology.control.index == 0:
-            found = checkpoint.newest(root) if step is None else checkpoint.step_directory(root, step)
-        name = comm.broadcast_object(None if found is None else str(found), 0, self.topology.control)
-        if name is None:
-            raise CheckpointError(f"{root}: holds no checkpoint. Name the directory that save_checkpoint was given")
-        directory = Path(name)
-        state = checkpoint.read_manifest(directory).state
-        self._require_same_model(directory, state)
-        entries = [checkpoint.Entry(spec.with_role(role), tensor) for role, spec, tensor in sharded.state_entries()]
-        checkpoint.load(directory, [*entries, *self._buffers()])
-        sharded.load_state_dict(state["model"])
-        sharded.after_load()
+        running = self._idle
+        directory = found_checkpoint(Path(load_dir), step, self.topology)
+        state = self._kept(running).load(directory)
         self.global_steps, self.skipped_steps = state["global_steps"], state["skipped_steps"]
         return directory, dict(state["client"])
 
-    def _parameters(self) -> dict[str, list[int]]:
-        """Canonical name -> shape of every parameter of the whole model."""
-        return {p.canonical: list(p.shape) for layer in self.layout.declared for p in layer.parameters}
-
-    def _require_same_model(self, directory: Path, state: Mapping[str, Any]) -> None:
-        if "parameters" not in state:
-            raise CheckpointError(f"{directory}: was not saved by the engine of a PipelineModel")
-        saved, mine = state["parameters"], self._parameters()
-        for name in sorted({*saved, *mine}):
-            if saved.get(name) != mine.get(name):
-                raise CheckpointError(
-                    f"{directory}: parameter {name} has shape {saved.get(name)} in the checkpoint, {mine.get(name)} in "
-                    "this model (None: there is no such parameter)"
-                )
-
-    def _buffers(self) -> list[checkpoint.Entry]:
-        """Everything in the state of this rank's layers that is no parameter of ZeRO's, to be saved or filled in place."""
-        entries = []
-        for module in self._stages.values():
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                if not (isinstance(tensor, nn.Parameter) and tensor.is_floating_point()):
-                    flat = tensor.detach().view(-1)
-                    shape = tuple(tensor.shape)
-                    if flat.dtype not in DTYPES.values():
-                        flat = flat.view(torch.uint8)
-                        shape = (flat.numel(),)
-                    piece = Piece(whole(shape), 0, contiguous_strides(shape), self.topology.data_index)
-                    entries.append(checkpoint.Entry(ShardSpec(name, shape, (piece,), "buffer"), flat))
-        return entries
+    def _kept(self, running: _Running) -> EngineState:
+        """What a checkpoint keeps of this rank."""
+        shapes = {p.canonical: p.shape for layer in self.layout.declared for p in layer.parameters}
+        return EngineState(running.sharded, self.topology, tuple(self._stages.values()), shapes)
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
