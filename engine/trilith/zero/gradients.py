@@ -1,11 +1,12 @@
 """The one path that gradients take: from autograd into flat buffers, over tensor ranks, over data ranks, over ties.
 
-A unit's gradient is whole on the rank until the last microbatch of a step (`Flight`), or goes to the ranks that own its
-parts after every microbatch (`PassingFlight`, ZeRO-2 and 3). Either way a unit whose gradients are complete is reduced
-while the rest of backward runs. Units are launched in one fixed order, that of backward, a unit only after all before it: every
-rank issues the same collectives in the same order, whatever its autograd did first or not at all. What is launched
-together (a bucket) is a matter of time only; each unit has its collectives for itself, so that the result does not
-depend on it. Under hybrid sharding the sum over the replicas comes last, once a step, over partitions only.
+A unit's gradient is whole on the rank until the last microbatch of a step (`Flight`), or goes to the ranks that own
+its parts after every microbatch (`PassingFlight`, ZeRO-2 and 3). Either way a unit whose gradients are complete is
+reduced while the rest of backward runs. Units are launched in one fixed order, that of backward, a unit only after
+all before it: every rank issues the same collectives in the same order, whatever its autograd did first or not at
+all. What is launched together (a bucket) is a matter of time only; each unit has its collectives for itself, so that
+the result does not depend on it. Under hybrid sharding the sum over the replicas comes last, once a step, over
+partitions only.
 """
 
 from __future__ import annotations
