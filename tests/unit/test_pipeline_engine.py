@@ -71,6 +71,8 @@ def test_what_the_model_cannot_ask_for() -> None:
         engine_of([nn.Linear(3, 3)], pipeline=ZB)
     with pytest.raises(TrilithError, match="nothing to train"):
         engine_of([nn.Linear(3, 3).requires_grad_(False)])
+    with pytest.raises(TrilithError, match=r"weight is on the meta device and has no values"):
+        engine_of([nn.Linear(3, 3), nn.Linear(3, 3, device="meta")])
     model = PipelineModel(layers(), mean)
     with pytest.raises(TrilithError, match=r"optimizer = SGD: .*config section"):
         trilith.initialize(model, config(), torch.optim.SGD(layers()[0].parameters(), 0.1))  # type: ignore[call-overload]

@@ -50,7 +50,7 @@ from trilith.stepping.make import make_stepper
 from trilith.stepping.synchronous import SynchronousSteps
 from trilith.topology import Degrees, Topology
 from trilith.zero import module as data_parallel
-from trilith.zero.declared import place
+from trilith.zero.declared import place, require_values
 from trilith.zero.delayed import make_model
 from trilith.zero.engine_state import EngineState, found_checkpoint
 from trilith.zero.sharded import ShardedModel, Sharding, StepOutcome
@@ -161,6 +161,7 @@ class PipelineEngine:
         here = layout.schedule.stages_of(topology.coordinate("pp"))
         self._stages = build_layer_stages(model, layout.cuts, here, layout.holders, config.training.seed)
         for module in self._stages.values():
+            require_values(module)
             place(module, config, topology)
             module.recompute = config.activation_checkpointing.recompute == FULL
         _make_copies_equal(self._stages, layout, topology)
