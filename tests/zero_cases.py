@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,17 +240,25 @@ def reference(way: Way) -> tuple[dict[str, Tensor], list[float]]:
     with torch.no_grad():
         for name, p in toy.named_parameters():
             p.copy_(initial(name, tuple(p.shape)))
+    batches = [tokens_of(step) for step in range(STEPS)]
+    return trained_by_torch(toy, batches, way.clipping, LR, DECAY)
+
+
+def trained_by_torch(
+    toy: nn.Module, batches: Sequence[Tensor], clipping: float, lr: float, decay: float
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights and norms after one step of torch's AdamW for each batch; the toy gives the sum of its samples' losses."""
     trained = [p for p in toy.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.8, 0.9), eps=1e-3, foreach=False)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.9), eps=1e-3, foreach=False)
     norms = []
-    for step in range(STEPS):
+    for batch in batches:
         for p in trained:
             p.grad = torch.zeros_like(p)  # a weight that forward does not use is decayed all the same
-        (toy(tokens_of(step)) / BATCH).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, way.clipping or float("inf"))))
+        (toy(batch) / len(batch)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, clipping or float("inf"))))
         optimizer.step()
     return {name: p.detach() for name, p in toy.named_parameters()}, norms

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness import assert_close_named, run_ranks
+from tests.zero_cases import trained_by_torch
 from trilith.config import load_config, resolve
 from trilith.models.base import LocalParameter
 from trilith.optim.adamw import Adam, AdamOptions
@@ -186,20 +187,7 @@ def reference(case: Case, steps: int = STEPS) -> tuple[dict[str, Tensor], list[f
             p.copy_(initial(name, tuple(p.shape)))
     if case.frozen:
         toy.blocks[1].weight.requires_grad_(False)
-    trained = [p for p in toy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": DECAY},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.8, 0.9), eps=1e-3, foreach=False)
-    norms = []
-    for step in range(steps):
-        for p in trained:
-            p.grad = torch.zeros_like(p)  # a weight that forward does not use is decayed all the same
-        (toy(tokens_of(step)) / BATCH).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, case.clipping or float("inf"))))
-        optimizer.step()
-    return {name: p.detach() for name, p in toy.named_parameters()}, norms
+    return trained_by_torch(toy, [tokens_of(step) for step in range(steps)], case.clipping, LR, DECAY)
 
 
 def check_against_reference(case: Case, results: list[dict[str, Any]], rtol: float = 1e-12) -> None:

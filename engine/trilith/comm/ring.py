@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
@@ -146,7 +147,7 @@ def _check(ring: Ring, side: Side, word: int, least: int, waited_s: float) -> No
         raise RuntimeError(f"timed out waiting {ring.timeout_s:g} s for rank {side.process.rank} ({ring.name})")
 
 
-class Operation:
+class Operation(ABC):
     """One piece of a collective, as one rank sees it: what it writes to its ring, and what it does when others have."""
 
     __slots__ = ("finished", "number", "posted", "ring", "room")
@@ -156,13 +157,13 @@ class Operation:
         self.ring, self.room = ring, room
         self.number, self.posted, self.finished = 0, False, False
 
+    @abstractmethod
     def write(self, at: int) -> None:
         """Copy this rank's contribution to byte `at` of its ring."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self) -> bool:
         """Do what can be done without waiting; true when the operation is over. Only once it is posted."""
-        raise NotImplementedError
 
     def blocker(self) -> Blocker | None:
         """What this posted operation waits for first; None if nothing is missing any more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,9 +51,3 @@ def make_loader(
         drop_last=True,
         generator=generator,
     )
-
-
-def repeated(loader: EpochLoader) -> Iterator[Any]:
-    """Its batches, epoch after epoch."""
-    while True:
-        yield from loader
