@@ -92,7 +92,8 @@ class _Part:
         self._places = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
         self._needs_gradient = [arguments[i].requires_grad for i in self._places]
         anchor = torch.empty(0, requires_grad=True)
-        self._node: Any = _Keep.apply(anchor, *(arguments[i] for i in self._places)).grad_fn
+        # The result is kept for the sake of its node, which torch 2.11 empties as soon as no tensor comes from it.
+        self._kept: Any = _Keep.apply(anchor, *(arguments[i] for i in self._places))
         self._saved: list[tuple[torch.Size, torch.dtype]] = []
         self._tensors: dict[int, Tensor] = {}
 
@@ -109,7 +110,7 @@ class _Part:
 
     def _recompute(self) -> None:
         arguments = list(self._others)
-        tensors = zip(self._places, self._node.saved_tensors, self._needs_gradient, strict=True)
+        tensors = zip(self._places, self._kept.grad_fn.saved_tensors, self._needs_gradient, strict=True)
         for place, tensor, needs_gradient in tensors:
             arguments[place] = tensor.detach().requires_grad_(needs_gradient)
         made: list[Tensor] = []
