@@ -1,0 +1,37 @@
+// trilith._kernels: the library's functions for Python. Pointers are integers; the GIL is released in every call.
+#include <pybind11/pybind11.h>
+
+#include "cpu/tables.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// A submodule for each instruction set that this processor runs.
+void bind_cpu(py::module_& module) {
+    py::list names;
+    for (const trilith::CpuKernels* kernels : trilith::usable_cpu_kernels()) {
+        names.append(kernels->name);
+        py::module_ table = module.def_submodule(kernels->name);
+#define TRILITH_BIND(op) table.def(#op, kernels->op, py::call_guard<py::gil_scoped_release>());
+        TRILITH_CPU_OPS(TRILITH_BIND)
+#undef TRILITH_BIND
+    }
+    module.attr("instruction_sets") = py::tuple(names);  // the fastest first
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, module) {
+    module.doc() = "Kernels of csrc/. Call them through trilith.kernels.ops, which checks what they do not.";
+    bind_cpu(module);
+#ifdef _OPENMP
+    module.attr("has_openmp") = true;
+#else
+    module.attr("has_openmp") = false;
+#endif
+}

@@ -1,0 +1,211 @@
+// LayerNorm (Ba, Kiros, Hinton 2016) and RMSNorm (Zhang and Sennrich 2019), with the residual's sum fused both ways.
+//
+// A row is read from memory once and stays in the cache for its second and third pass: forward moves one row in (two
+// with a residual) and one out (two), backward two in and one out, which is the floor. Large results are written past
+// the caches. Variance is the mean of squared distances from the mean, not a difference of large sums. Backward takes
+// four rows at a time, so that the sums for weight and bias pass through registers a quarter as often.
+#include <cstdlib>
+#include <memory>
+
+#include "common/parallel.h"
+#include "common/vec.h"
+#include "cpu/kernels.h"
+
+namespace trilith::TRILITH_ISA {
+
+namespace {
+
+constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on are not kept in the caches
+constexpr int kRows = 4;
+constexpr int64_t kMaxParts = 16, kMinRowsPerPart = 16;
+
+template <class T>
+struct Forward {
+    using A = wide_t<T>;
+    const T *x, *residual, *weight, *bias;
+    T *sum, *y;
+    A *mean, *rstd;
+    int64_t width;
+    A eps;
+    bool streamed;
+};
+
+// Row sums through four accumulators, so that additions do not wait for each other.
+template <class A, class F>
+inline A row_sum(int64_t n, F&& term) {
+    constexpr int64_t step = kLanes<A>;
+    Vec<A> acc[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * step <= n; i += 4 * step)
+        for (int k = 0; k < 4; ++k) acc[k] += term(i + k * step, step);
+    each_register<A>(n - i, [&](int64_t at, int64_t count) {
+        Vec<A> value = term(i + at, count);
+        if (count < step)
+            for (int64_t lane = count; lane < step; ++lane) value[lane] = 0;
+        acc[0] += value;
+    });
+    return trilith::TRILITH_ISA::sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+template <class T, bool is_rms>
+void forward_row(const Forward<T>& op, int64_t row) {
+    using A = wide_t<T>;
+    const int64_t n = op.width, at = row * n;
+    const T* x = op.x + at;
+    if (op.residual) {
+        const T* residual = op.residual + at;
+        T* sum = op.sum + at;
+        each_register<A>(n, [&](int64_t i, int64_t count) {
+            store_some(sum + i, load_some(x + i, count) + load_some(residual + i, count), count);
+        });
+        x = sum;
+    }
+    A mean = 0;
+    if constexpr (!is_rms)
+        mean = row_sum<A>(n, [&](int64_t i, int64_t count) { return load_some(x + i, count); }) / static_cast<A>(n);
+    const A squares = row_sum<A>(n, [&](int64_t i, int64_t count) {
+        Vec<A> centred = load_some(x + i, count) - mean;
+        return centred * centred;
+    });
+    const A rstd = 1 / std::sqrt(squares / static_cast<A>(n) + op.eps);
+    if constexpr (!is_rms) op.mean[row] = mean;
+    op.rstd[row] = rstd;
+    T* y = op.y + at;
+    auto write = [&](auto&& put) {
+        if (op.bias)
+            each_register<A>(n, [&](int64_t i, int64_t count) {
+                Vec<A> normal = (load_some(x + i, count) - mean) * rstd;
+                put(y + i, normal * load_some(op.weight + i, count) + load_some(op.bias + i, count), count);
+            });
+        else
+            each_register<A>(n, [&](int64_t i, int64_t count) {
+                Vec<A> normal = (load_some(x + i, count) - mean) * rstd;
+                put(y + i, normal * load_some(op.weight + i, count), count);
+            });
+    };
+    if (op.streamed)
+        write([](T* p, Vec<A> v, int64_t) { stream(p, v); });
+    else
+        write([](T* p, Vec<A> v, int64_t count) { store_some(p, v, count); });
+}
+
+template <class T>
+struct Backward {
+    using A = wide_t<T>;
+    const T *dy, *dsum, *x, *weight;
+    const A *mean, *rstd;
+    T* dx;
+    int64_t width;
+    bool streamed;
+};
+
+// Rows [row, row + count): dx, and their part of the gradients of weight and bias added to `dweight` and `dbias`.
+template <class T, bool is_rms, int count>
+void backward_rows(const Backward<T>& op, int64_t row, wide_t<T>* dweight, wide_t<T>* dbias) {
+    using A = wide_t<T>;
+    const int64_t n = op.width;
+    const T *dy = op.dy + row * n, *x = op.x + row * n;
+    A mean[count], rstd[count];
+    Vec<A> sum_g[count] = {}, sum_gx[count] = {};
+    for (int r = 0; r < count; ++r) {
+        mean[r] = is_rms ? A(0) : op.mean[row + r];
+        rstd[r] = op.rstd[row + r];
+    }
+    each_register<A>(n, [&](int64_t i, int64_t lanes) {
+        Vec<A> weight = load_some(op.weight + i, lanes), dw = load_some(dweight + i, lanes), db{};
+        if (dbias) db = load_some(dbias + i, lanes);
+        for (int r = 0; r < count; ++r) {
+            Vec<A> d = load_some(dy + r * n + i, lanes);
+            Vec<A> normal = (load_some(x + r * n + i, lanes) - mean[r]) * rstd[r];
+            Vec<A> g = d * weight;
+            if constexpr (!is_rms) sum_g[r] += g;
+            sum_gx[r] += g * normal;
+            dw += d * normal;
+            db += d;
+        }
+        store_some(dweight + i, dw, lanes);
+        if (dbias) store_some(dbias + i, db, lanes);
+    });
+    for (int r = 0; r < count; ++r) {
+        const A scale = 1 / static_cast<A>(n);
+        const A mean_g = is_rms ? A(0) : sum(sum_g[r]) * scale, mean_gx = sum(sum_gx[r]) * scale;
+        const T *dy_row = dy + r * n, *x_row = x + r * n, *dsum = op.dsum ? op.dsum + (row + r) * n : nullptr;
+        T* dx = op.dx + (row + r) * n;
+        auto value = [&](int64_t i, int64_t lanes) {
+            Vec<A> normal = (load_some(x_row + i, lanes) - mean[r]) * rstd[r];
+            Vec<A> g = load_some(dy_row + i, lanes) * load_some(op.weight + i, lanes);
+            return (g - mean_g - normal * mean_gx) * rstd[r];
+        };
+        if (op.streamed && dsum)
+            each_register<A>(n, [&](int64_t i, int64_t lanes) { stream(dx + i, value(i, lanes) + load(dsum + i)); });
+        else if (op.streamed)
+            each_register<A>(n, [&](int64_t i, int64_t lanes) { stream(dx + i, value(i, lanes)); });
+        else if (dsum)
+            each_register<A>(n, [&](int64_t i, int64_t lanes) {
+                store_some(dx + i, value(i, lanes) + load_some(dsum + i, lanes), lanes);
+            });
+        else
+            each_register<A>(n, [&](int64_t i, int64_t lanes) { store_some(dx + i, value(i, lanes), lanes); });
+    }
+}
+
+template <class T, bool is_rms>
+void backward_part(const Backward<T>& op, Range rows, wide_t<T>* dweight, wide_t<T>* dbias) {
+    int64_t row = rows.begin;
+    for (; row + kRows <= rows.end; row += kRows) backward_rows<T, is_rms, kRows>(op, row, dweight, dbias);
+    for (; row < rows.end; ++row) backward_rows<T, is_rms, 1>(op, row, dweight, dbias);
+    if (op.streamed) stream_fence();
+}
+
+}  // namespace
+
+void norm_forward(int dtype, Address x, Address residual, Address weight, Address bias, Address sum, Address y,
+                  Address mean, Address rstd, int64_t rows, int64_t width, double eps, int threads) {
+    with_dtype(static_cast<DType>(dtype), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        using A = wide_t<T>;
+        const int64_t bytes = rows * width * static_cast<int64_t>(sizeof(T));
+        Forward<T> op{(const T*)x, (const T*)residual, (const T*)weight, (const T*)bias, (T*)sum,
+                      (T*)y,       (A*)mean,           (A*)rstd,         width,          static_cast<A>(eps),
+                      false};
+        op.streamed = bytes >= kStreamBytes && streams(op.y, width);
+        for_each_piece(rows, useful_threads(threads, 2 * bytes), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) mean ? forward_row<T, false>(op, row) : forward_row<T, true>(op, row);
+            if (op.streamed) stream_fence();
+        });
+    });
+}
+
+void norm_backward(int dtype, Address dy, Address dsum, Address x, Address weight, Address mean, Address rstd,
+                   Address dx, Address dweight, Address dbias, int64_t rows, int64_t width, int threads) {
+    with_dtype(static_cast<DType>(dtype), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        using A = wide_t<T>;
+        const int64_t bytes = rows * width * static_cast<int64_t>(sizeof(T));
+        Backward<T> op{(const T*)dy,  (const T*)dsum, (const T*)x, (const T*)weight, (const A*)mean,
+                       (const A*)rstd, (T*)dx,         width,       false};
+        op.streamed = bytes >= kStreamBytes && streams(op.dx, width);
+        const int64_t parts = std::clamp<int64_t>(rows / kMinRowsPerPart, 1, kMaxParts);
+        const int64_t lines = dbias ? 2 : 1;
+        std::unique_ptr<A, void (*)(void*)> partial((A*)std::calloc(parts * lines * width, sizeof(A)), std::free);
+        const int used = useful_threads(threads, 3 * bytes);
+        for_each_part(parts, used, [&](int64_t part) {
+            Range range = part_of(rows, parts, part, kRows);
+            A* dw = partial.get() + part * lines * width;
+            A* db = dbias ? dw + width : nullptr;
+            mean ? backward_part<T, false>(op, range, dw, db) : backward_part<T, true>(op, range, dw, db);
+        });
+        T* const targets[] = {(T*)dweight, (T*)dbias};
+        for (int64_t line = 0; line < lines; ++line)
+            for_each_piece(width, used, 1024, [&](int64_t begin, int64_t end) {
+                each_register<A>(end - begin, [&](int64_t i, int64_t lanes) {
+                    Vec<A> total{};
+                    for (int64_t part = 0; part < parts; ++part)
+                        total += load_some(partial.get() + (part * lines + line) * width + begin + i, lanes);
+                    store_some(targets[line] + begin + i, total, lanes);
+                });
+            });
+    });
+}
+
+}  // namespace trilith::TRILITH_ISA
