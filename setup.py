@@ -1,4 +1,4 @@
-"""Packages Trilith from its two source roots, engine/ (trilith) and launcher/ (trilith_launcher), with the kernels of csrc/.
+"""Packages Trilith from its two source roots, engine/ (trilith) and launcher/ (trilith_launcher), and builds csrc/.
 
 The kernels need a C++17 compiler, ninja and pybind11, never torch. Where one of them is missing, or the build fails, the
 package installs without `trilith._kernels` and says so in one line; TRILITH_REQUIRE_KERNELS=1 makes that an error.
@@ -29,8 +29,9 @@ X86_SETS = {
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized"
 )
-# Written once for every instruction set, and its random numbers must be the same bits in each: nothing may be fused.
-UNFUSED = ("random", "dropout")
+# Here nothing may be fused but what says fma: random numbers must be the same bits on every set, and differences of equal
+# products must be zero.
+UNFUSED = ("random", "dropout", "norm")
 NOT_PER_SET = ("tables",)
 
 
@@ -47,8 +48,13 @@ class BuildKernels(build_ext):
             self._build(Path(self.get_ext_fullpath(ext.name)))
         except KernelsUnavailable as reason:
             if os.environ.get("TRILITH_REQUIRE_KERNELS", "0") not in ("", "0"):
-                raise SystemExit(f"trilith: TRILITH_REQUIRE_KERNELS is set, but the kernels were not built: {reason}") from None
-            print(f"trilith: kernels were not built, training will use torch's own ops and be slower: {reason}", file=sys.stderr)
+                raise SystemExit(
+                    f"trilith: TRILITH_REQUIRE_KERNELS is set, but the kernels were not built: {reason}"
+                ) from None
+            print(
+                f"trilith: kernels were not built, training will use torch's own ops and be slower: {reason}",
+                file=sys.stderr,
+            )
 
     def get_outputs(self) -> list[str]:
         """Only what was built can be installed."""
@@ -67,7 +73,9 @@ class BuildKernels(build_ext):
             import ninja
             import pybind11
         except ImportError as missing:
-            raise KernelsUnavailable(f"the Python package {missing.name} is missing: pip install {missing.name}") from None
+            raise KernelsUnavailable(
+                f"the Python package {missing.name} is missing: pip install {missing.name}"
+            ) from None
         folder = Path(self.build_temp).resolve() / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         target = target.resolve()

@@ -28,7 +28,7 @@ from trilith.data.sampler import microbatch_ids, sample_ids_for
 from trilith.models.base import LocalParameter
 from trilith.models.batch import Microbatch
 from trilith.models.decoder_declaration import TOKEN_WEIGHT
-from trilith.models.stage import StageModel, build_stage
+from trilith.models.stage import StageModel, StageOptions, build_stage
 from trilith.optim.lr import make_lr
 from trilith.process_groups import build_topology
 from trilith.topology import Degrees
@@ -71,10 +71,7 @@ class WholeModel:
                 config.model,
                 units,
                 topology,
-                recompute="none",
-                seed=config.training.seed,
-                sequence_parallel=False,
-                dtype=torch.float64,
+                StageOptions("none", config.training.seed, sequence_parallel=False, dtype=torch.float64),
             )
             for units in plan.stages
         ]

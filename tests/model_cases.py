@@ -13,7 +13,7 @@ from trilith.kernels.stream import fill_box
 from trilith.models.base import LocalParameter, UnitDecl
 from trilith.models.batch import Microbatch
 from trilith.models.families import declare
-from trilith.models.stage import StageModel, build_stage
+from trilith.models.stage import StageModel, StageOptions, build_stage
 from trilith.process_groups import build_topology
 from trilith.rng import stream_key
 from trilith.topology import Degrees, Topology
@@ -63,10 +63,7 @@ def make_stage(
         model,
         declare(model) if units is None else units,
         topology,
-        recompute=recompute,
-        seed=SEED,
-        sequence_parallel=sequence_parallel,
-        dtype=dtype,
+        StageOptions(recompute, SEED, sequence_parallel, dtype),
     )
     values = {p.name: nn.Parameter(local_value(p, dtype, topology.device)) for p in stage.local_parameters}
     by_identity = {id(parameter): values[name] for name, parameter in stage.named_parameters()}

@@ -75,7 +75,7 @@ void forward_row(const Forward<T>& op, int64_t row) {
         if (op.bias)
             each_register<A>(n, [&](int64_t i, int64_t count) {
                 Vec<A> normal = (load_some(x + i, count) - mean) * rstd;
-                put(y + i, normal * load_some(op.weight + i, count) + load_some(op.bias + i, count), count);
+                put(y + i, fma(normal, load_some(op.weight + i, count), load_some(op.bias + i, count)), count);
             });
         else
             each_register<A>(n, [&](int64_t i, int64_t count) {
@@ -119,8 +119,8 @@ void backward_rows(const Backward<T>& op, int64_t row, wide_t<T>* dweight, wide_
             Vec<A> normal = (load_some(x + r * n + i, lanes) - mean[r]) * rstd[r];
             Vec<A> g = d * weight;
             if constexpr (!is_rms) sum_g[r] += g;
-            sum_gx[r] += g * normal;
-            dw += d * normal;
+            sum_gx[r] = fma(g, normal, sum_gx[r]);
+            dw = fma(d, normal, dw);
             db += d;
         }
         store_some(dweight + i, dw, lanes);

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from trilith.config import Config
+from trilith.kernels.backends import chosen
 from trilith.kernels.stream import fill_box
 from trilith.kernels.weight_queue import WeightQueue
 from trilith.models.base import LocalParameter, UnitDecl
-from trilith.models.stage import StageModel, build_stage
+from trilith.models.stage import StageModel, StageOptions, build_stage
 from trilith.pipeline.action import Schedule
 from trilith.precision import PrecisionPolicy
 from trilith.rng import stream_key
@@ -38,11 +39,14 @@ def build_stages(
             config.model,
             stages[index],
             topology,
-            recompute=config.activation_checkpointing.recompute,
-            seed=config.training.seed,
-            sequence_parallel=config.parallel.sequence_parallel,
-            dtype=policy.param_dtype,
-            queue=WeightQueue() if schedule.splits_backward else None,
+            StageOptions(
+                recompute=config.activation_checkpointing.recompute,
+                seed=config.training.seed,
+                sequence_parallel=config.parallel.sequence_parallel,
+                dtype=policy.param_dtype,
+                queue=WeightQueue() if schedule.splits_backward else None,
+                backends=chosen(config.kernels),
+            ),
         )
         for index in schedule.stages_of(topology.coordinate("pp"))
     }

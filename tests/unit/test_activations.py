@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 
 from tests.harness import run_ranks
 from tests.model_cases import SEED, microbatch, small, tensor_topology
+from trilith.kernels.backends import DEFAULT, TORCH, Backends, native_families
 from trilith.kernels.weight_queue import WeightQueue
 from trilith.models.activations import ActivationSetting, boundary_bytes, stage_activations
 from trilith.models.families import declare
-from trilith.models.stage import StageModel, build_stage
+from trilith.models.stage import StageModel, StageOptions, build_stage
 from trilith.monitor.activations import ActivationMeter
 
 BATCH = 3
@@ -44,14 +46,17 @@ def measure(stage: StageModel, queue: WeightQueue) -> tuple[int, int]:
 def compare(rank: int, world_size: int, family: str, changes: dict[str, Any], how: dict[str, Any]) -> list[Any]:
     """(unit, measured, predicted) of each kind of unit and of a stage of two layers."""
     model, topology = small(family, **changes), tensor_topology(world_size)
-    dtype = how.pop("dtype", torch.float32)
-    setting = ActivationSetting(BATCH, world_size, dtype_bytes=DTYPE_BYTES[dtype], **how)
+    dtype, backends = how.pop("dtype", torch.float32), how.pop("backends", DEFAULT)
+    setting = ActivationSetting(
+        BATCH, world_size, dtype_bytes=DTYPE_BYTES[dtype], fused=native_families(backends), **how
+    )
     found = []
     units = declare(model)
     for chosen in ([units[0]], [units[1]], [units[-1]], units[1:3]):
         queue = WeightQueue()
-        options = {"recompute": "none", "sequence_parallel": False, "seed": SEED, "dtype": dtype, "queue": queue, **how}
-        stage = build_stage(model, chosen, topology, **options).to_empty(device="cpu")
+        options = {"recompute": "none", "sequence_parallel": False, "seed": SEED, "dtype": dtype, "queue": queue}
+        options |= {"backends": backends, **how}
+        stage = build_stage(model, chosen, topology, StageOptions(**options)).to_empty(device="cpu")
         for parameter in stage.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         predicted = stage_activations(model, [unit.name for unit in chosen], setting)
@@ -83,6 +88,13 @@ def test_predicted_bytes_are_the_measured_ones(
     family: str, changes: dict[str, Any], recompute: str, dropout: dict[str, float]
 ) -> None:
     assert_close(compare(0, 1, family, {**changes, **dropout}, {"recompute": recompute}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=("plain", "dropout"))
+def test_on_torchs_own_ops(family: str, dropout: dict[str, float]) -> None:
+    torchs = Backends(*[TORCH] * len(fields(Backends)))
+    assert_close(compare(0, 1, family, dropout, {"backends": torchs}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -52,6 +52,26 @@ class RunConfig(ConfigModel):
     )
 
 
+KernelName = Literal["auto", "fused", "torch", "reference"]
+
+
+class KernelsConfig(ConfigModel):
+    """Which implementation of the ops runs. All give the same results to rounding."""
+
+    backend: KernelName = key(
+        "auto",
+        "All ops without a key of their own. auto: the native kernel where it was built and takes the tensors, else "
+        "torch's op; fused: the native kernel or an error; torch: torch's op; reference: plain torch, as ops are defined.",
+    )
+    norm: KernelName = key("auto", "LayerNorm and RMSNorm, with the residual's sum. auto: kernels.backend.")
+    activation: KernelName = key("auto", "GELU and SwiGLU. auto: kernels.backend.")
+    rotary: KernelName = key("auto", "Rotary positions. auto: kernels.backend.")
+    attention: KernelName = key("auto", "Attention. auto: kernels.backend.")
+    dropout: KernelName = key("auto", "Dropout of the residual stream. auto: kernels.backend.")
+    cross_entropy: KernelName = key("auto", "The loss. auto: kernels.backend.")
+    optimizer: KernelName = key("auto", "The optimizer's update and the gradient norm. auto: kernels.backend.")
+
+
 class TensorBoardConfig(ConfigModel):
     """TensorBoard events."""
 

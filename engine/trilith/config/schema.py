@@ -15,7 +15,14 @@ from trilith.config.base import AUTO, Auto, Bool, ConfigModel, Count, Door, Loca
 from trilith.config.deepspeed import accepted_paths
 from trilith.config.layout_keys import ActivationCheckpointingConfig, ParallelConfig, PipelineConfig
 from trilith.config.model_keys import DataConfig, ModelConfig
-from trilith.config.run_keys import CheckpointConfig, CsvMonitorConfig, RunConfig, TensorBoardConfig, TrainingConfig
+from trilith.config.run_keys import (
+    CheckpointConfig,
+    CsvMonitorConfig,
+    KernelsConfig,
+    RunConfig,
+    TensorBoardConfig,
+    TrainingConfig,
+)
 from trilith.config.training_keys import (
     AdamWConfig,
     Bf16Config,
@@ -113,6 +120,7 @@ class Config(ConfigModel):
         ActivationCheckpointingConfig(), "Recompute of activations."
     )
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "Saved state.")
+    kernels: KernelsConfig = key(KernelsConfig(), "Which implementation of the ops runs.")
     run: RunConfig = key(RunConfig(), "Where the run writes and what it runs on.")
     steps_per_print: Auto[Count] = key(
         "auto", "Progress line every so many steps. auto: training.log_interval, or 10.", "steps"

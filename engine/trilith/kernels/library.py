@@ -7,20 +7,24 @@ their number. Where it was not built, everything runs on torch's own ops.
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch  # before the library: see above
 from torch import Tensor, nn
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # codes of csrc/common/types.h
+# Codes of csrc/common/types.h.
+DTYPES = MappingProxyType({torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3})
 
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("trilith._kernels"), ""
     except ImportError as problem:
-        return None, f"trilith._kernels cannot be imported ({problem}): install with a C++17 compiler, ninja and pybind11"
+        return (
+            None,
+            f"trilith._kernels cannot be imported ({problem}): install with a C++17 compiler, ninja and pybind11",
+        )
 
 
 LIBRARY, MISSING = _load()

@@ -17,12 +17,17 @@ class LayerNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float, placement: Placement) -> None:
         super().__init__()
         self.eps = eps
+        self.backend = placement.backends.norm
         self.weight = placement.parameter(hidden_size)
         self.bias = placement.parameter(hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) to (..., H), same dtype."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, self.backend)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual and its norm, all (..., H)."""
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, self.backend)
 
 
 class RMSNorm(nn.Module):
@@ -31,8 +36,13 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float, placement: Placement) -> None:
         super().__init__()
         self.eps = eps
+        self.backend = placement.backends.norm
         self.weight = placement.parameter(hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) to (..., H), same dtype."""
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps, self.backend)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual and its norm, all (..., H)."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.backend)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith import comm
+from trilith.kernels.backends import DEFAULT, Backends
 from trilith.kernels.weight_queue import WeightQueue
 from trilith.topology import Group
 
@@ -17,7 +18,8 @@ class Placement:
     """The tensor-parallel group of a layer, and the dtype and device of its parameters.
 
     With `sequence_parallel` the activations outside the pairs of linears are split over `group` along S. `queue` is
-    where the stage's linears leave their weight gradients, under schedules that split backward.
+    where the stage's linears leave their weight gradients, under schedules that split backward. `backends`: what the
+    ops run on.
     """
 
     group: Group
@@ -25,6 +27,7 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     queue: WeightQueue | None = None
+    backends: Backends = DEFAULT
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """A parameter of the local `shape`, not initialised."""

@@ -24,8 +24,8 @@ BOOL_BYTES = 1
 class ActivationSetting:
     """What the bytes depend on beside the model. B is `batch_size`, t is `tensor`.
 
-    `recompute` is `none`, `selective` or `full`; `dtype_bytes` those of an activation; `fused_norm`: RMSNorm is one kernel
-    that keeps its input only (torch's on a GPU), not a chain of ops that keeps the normal form, too, in full precision.
+    `recompute` is `none`, `selective` or `full`; `dtype_bytes` those of an activation. `fused`: the families
+    of ops that are one kernel and keep its inputs only (native ones; torch's norm on a GPU), not torch's chains of ops.
     """
 
     batch_size: int
@@ -33,7 +33,7 @@ class ActivationSetting:
     sequence_parallel: bool = False
     recompute: str = "none"
     dtype_bytes: int = 4
-    fused_norm: bool = False
+    fused: frozenset[str] = frozenset()
 
     @property
     def wide_bytes(self) -> int:
@@ -92,9 +92,9 @@ def _region_tokens(model: ModelConfig, setting: ActivationSetting) -> int:
 def _norm(model: ModelConfig, setting: ActivationSetting) -> int:
     """What a norm keeps per token, its output left out: that is the next linear's input."""
     if model.family != "llama":
-        statistics = setting.wide_bytes if setting.fused_norm else setting.dtype_bytes
+        statistics = setting.wide_bytes if "norm" in setting.fused else setting.dtype_bytes
         return model.hidden_size * setting.dtype_bytes + 2 * statistics
-    if setting.fused_norm:
+    if "norm" in setting.fused:
         return model.hidden_size * setting.dtype_bytes + setting.wide_bytes
     return (2 * model.hidden_size + 1) * setting.wide_bytes
 

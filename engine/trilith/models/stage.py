@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from trilith.config.model_keys import ModelConfig
+from trilith.kernels.backends import DEFAULT, Backends
 from trilith.kernels.weight_queue import WeightQueue
 from trilith.layers.placement import Placement
 from trilith.layers.recompute import FULL, recomputed
@@ -125,24 +126,28 @@ def _family(model: ModelConfig) -> ModuleType:
     return llama if model.family == "llama" else gpt2
 
 
-def build_stage(
-    model: ModelConfig,
-    units: Sequence[UnitDecl],
-    topology: Topology,
-    *,
-    recompute: str,
-    seed: int,
-    sequence_parallel: bool,
-    dtype: torch.dtype,
-    queue: WeightQueue | None = None,
-) -> StageModel:
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage is built. `recompute` is `none`, `selective` or `full`; `seed` is the run's.
+
+    `queue`: where its linears leave their weight gradients, if backward is split. `backends`: what its ops run on.
+    """
+
+    recompute: str
+    seed: int
+    sequence_parallel: bool
+    dtype: torch.dtype
+    queue: WeightQueue | None = None
+    backends: Backends = DEFAULT
+
+
+def build_stage(model: ModelConfig, units: Sequence[UnitDecl], topology: Topology, options: StageOptions) -> StageModel:
     """The stage made of `units` for this tensor rank, on the meta device: shapes and dtypes, no values.
 
-    Whoever fills it must give finite values to all of a parameter, padding included. `recompute` is `none`,
-    `selective` or `full`. `queue`: where its linears leave their weight gradients, if backward is split.
+    Whoever fills it must give finite values to all of a parameter, padding included.
     """
     group = topology.tp
-    shared = sequence_parallel and group.size > 1
+    shared = options.sequence_parallel and group.size > 1
     local = tuple(local_parameter(p, group.index, group.size, shared) for p in stage_parameters(units))
-    placement = Placement(group, shared, dtype, torch.device("meta"), queue)
-    return StageModel(StageSettings(model, placement, seed, recompute), units, local)
+    placement = Placement(group, shared, options.dtype, torch.device("meta"), options.queue, options.backends)
+    return StageModel(StageSettings(model, placement, options.seed, options.recompute), units, local)

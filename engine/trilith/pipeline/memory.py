@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from trilith.config import Config
+from trilith.kernels.backends import chosen, native_families
 from trilith.models.activations import ActivationSetting
 
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2})
@@ -55,5 +56,12 @@ def activation_setting(config: Config) -> ActivationSetting:
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.activation_checkpointing.recompute,
         dtype_bytes=DTYPE_BYTES[config.data_types.param_dtype],
-        fused_norm=config.run.device == "cuda",
+        fused=_fused(config),
     )
+
+
+def _fused(config: Config) -> frozenset[str]:
+    """Families of ops that run as one kernel: on a GPU torch's norm, else what the native library serves."""
+    if config.run.device == "cuda":
+        return frozenset(("norm",))
+    return native_families(chosen(config.kernels))

@@ -16,10 +16,12 @@ from trilith.kernels.ops.cross_entropy import (
 )
 from trilith.kernels.ops.dropout import dropout
 from trilith.kernels.ops.linear import linear
-from trilith.kernels.ops.norm import layer_norm, rms_norm
+from trilith.kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from trilith.kernels.ops.rotary import rotary
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "cross_entropy_gradient",
     "cross_entropy_terms",

@@ -67,7 +67,9 @@ def _is_native(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor 
         return False
     if library.serves(x, residual, weight, bias):
         if x.shape[-1] != weight.shape[0] or (residual is not None and residual.shape != x.shape):
-            raise KernelError(f"norm: x {tuple(x.shape)} with weight {tuple(weight.shape)}: the last dims must be equal")
+            raise KernelError(
+                f"norm: x {tuple(x.shape)} with weight {tuple(weight.shape)}: the last dims must be equal"
+            )
         return True
     if backend == "fused":
         raise KernelError(f"norm: backend 'fused': {library.why_not(x, residual, weight, bias)}")
@@ -115,7 +117,14 @@ def _forward_like(
 
 
 def _backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool, is_rms: bool
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    is_rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of weight, and of bias (empty without one). `x` is what was normed, `dtotal` its other gradient."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
@@ -141,7 +150,14 @@ def _backward(
 
 
 def _backward_like(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool, is_rms: bool
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    is_rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -161,7 +177,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias = _backward(gradients[0], None, *ctx.saved_tensors, ctx.has_bias, ctx.is_rms)
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = _backward(gradients[0], None, x, weight, mean, rstd, ctx.has_bias, ctx.is_rms)
         return dx, dweight, dbias if ctx.has_bias else None, None, None
 
 
@@ -181,7 +198,8 @@ class _AddNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dtotal, dy = gradients
-        dx, dweight, dbias = _backward(dy, dtotal, *ctx.saved_tensors, ctx.has_bias, ctx.is_rms)
+        total, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = _backward(dy, dtotal, total, weight, mean, rstd, ctx.has_bias, ctx.is_rms)
         return dx, dx, dweight, dbias if ctx.has_bias else None, None, None
 
 

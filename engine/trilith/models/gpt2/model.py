@@ -45,8 +45,8 @@ class Block(nn.Module):
         """(B, S/t or S, H) to the same shape."""
         samples, positions = stage_input.batch.sample_ids, stage_input.region_positions
         attended = self.attention(self.attention_norm(hidden), samples)
-        hidden = hidden + self.attention_dropout(attended, samples, positions)
-        return hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)), samples, positions)
+        hidden, normed = self.mlp_norm.add(self.attention_dropout(attended, samples, positions), hidden)
+        return hidden + self.mlp_dropout(self.mlp(normed), samples, positions)
 
 
 def head(settings: StageSettings) -> Head:

@@ -1,0 +1,41 @@
+"""Which implementation of each family of ops a model's layers ask for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from trilith.kernels import library
+
+AUTO, FUSED, TORCH, REFERENCE = "auto", "fused", "torch", "reference"
+
+
+@dataclass(frozen=True)
+class Backends:
+    """By family one of `auto` (the native op where it takes the tensors, else torch's), `fused` (the native op, or a
+    KernelError), `torch` (torch's own op) and `reference` (plain torch as `kernels/reference.py` states it).
+    """
+
+    norm: str = AUTO
+    activation: str = AUTO
+    rotary: str = AUTO
+    attention: str = AUTO
+    dropout: str = AUTO
+    cross_entropy: str = AUTO
+    optimizer: str = AUTO
+
+
+DEFAULT = Backends()
+
+
+def chosen(kernels: Any) -> Backends:
+    """The config section `kernels` by family: `backend` where a family's own key is "auto"."""
+    own = {field.name: getattr(kernels, field.name) for field in fields(Backends)}
+    return Backends(**{name: kernels.backend if value == AUTO else value for name, value in own.items()})
+
+
+def native_families(backends: Backends) -> frozenset[str]:
+    """The families that run natively on CPU tensors, on a machine like this one."""
+    if library.CPU is None:
+        return frozenset()
+    return frozenset(name for name, value in asdict(backends).items() if value in (AUTO, FUSED))
