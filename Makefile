@@ -33,14 +33,19 @@ gpu:
 gpu-deps:
 	$(PYTHON) -m pip install --quiet --target .deps --python-version 3.12 --only-binary=:all: --no-deps -r benchmarks/gpu-deps.txt
 
-setup: .venv/.ready
+setup: .venv/.kernels
+
+# Kernels are built again where a source of theirs has changed.
+.venv/.kernels: .venv/.ready $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
 
 .venv/.ready: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja pybind11
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev,data]"
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info engine/trilith/_kernels*.so

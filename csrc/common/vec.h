@@ -188,6 +188,23 @@ inline bool streams(const T* p, int64_t count) {
     return reinterpret_cast<uintptr_t>(p) % bytes == 0 && static_cast<size_t>(count) * sizeof(T) % bytes == 0;
 }
 
+// Brings the line at `p` into the second cache: rows are pages, which the processor's own prefetch does not look across.
+template <class T>
+inline void prefetch(const T* p) {
+    __builtin_prefetch(p, 0, 2);
+}
+
+// What `v` is once it was stored as a T.
+template <class T>
+inline Vec<wide_t<T>> rounded(Vec<wide_t<T>> v) {
+    if constexpr (sizeof(T) == 2) {
+        T buffer[kLanes<float>];
+        store(buffer, v);
+        return load(buffer);
+    }
+    return v;
+}
+
 // One number from and to storage.
 template <class T>
 inline wide_t<T> load_one(const T* p) {
@@ -270,23 +287,31 @@ inline vd round_even(vd a) {
 #endif
 
 // Sum and maximum of all lanes, always as one tree over halves.
+template <class V, class F>
+inline auto fold(V v, F&& join) {
+    using A = std::remove_reference_t<decltype(v[0])>;
+    if constexpr (sizeof v > 16) {
+        typename VecOf<A, sizeof v / 2>::type low, high;
+        std::memcpy(&low, &v, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+        return fold(join(low, high), join);
+    } else if constexpr (sizeof(A) == 4) {
+        using Order = typename VecOf<int32_t, 16>::type;
+        v = join(v, __builtin_shuffle(v, Order{2, 3, 0, 1}));
+        v = join(v, __builtin_shuffle(v, Order{1, 0, 3, 2}));
+        return A(v[0]);
+    } else {
+        v = join(v, __builtin_shuffle(v, typename VecOf<int64_t, 16>::type{1, 0}));
+        return A(v[0]);
+    }
+}
 template <class V>
 inline auto sum(V v) {
-    constexpr size_t lanes = sizeof v / sizeof v[0];
-    alignas(64) std::remove_reference_t<decltype(v[0])> x[lanes];
-    std::memcpy(x, &v, sizeof v);
-    for (size_t half = lanes / 2; half > 0; half /= 2)
-        for (size_t i = 0; i < half; ++i) x[i] += x[i + half];
-    return x[0];
+    return fold(v, [](auto a, auto b) { return a + b; });
 }
 template <class V>
 inline auto largest(V v) {
-    constexpr size_t lanes = sizeof v / sizeof v[0];
-    alignas(64) std::remove_reference_t<decltype(v[0])> x[lanes];
-    std::memcpy(x, &v, sizeof v);
-    for (size_t half = lanes / 2; half > 0; half /= 2)
-        for (size_t i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-    return x[0];
+    return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // f(offset, lanes) for a row of n: whole registers first, then what is left. f is called with kLanes<A> as its second

@@ -3,7 +3,8 @@
 // A row is read from memory once and stays in the cache for its second and third pass: forward moves one row in (two
 // with a residual) and one out (two), backward two in and one out, which is the floor. Large results are written past
 // the caches. Variance is the mean of squared distances from the mean, not a difference of large sums. Backward takes
-// four rows at a time, so that the sums for weight and bias pass through registers a quarter as often.
+// two rows at a time, so that the sums for weight and bias pass through registers half as often, and asks for the next two
+// while it writes.
 #include <cstdlib>
 #include <memory>
 
@@ -16,7 +17,7 @@ namespace trilith::TRILITH_ISA {
 namespace {
 
 constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on are not kept in the caches
-constexpr int kRows = 4;
+constexpr int kRows = 2;
 constexpr int64_t kMaxParts = 16, kMinRowsPerPart = 16;
 
 template <class T>
@@ -47,22 +48,22 @@ inline A row_sum(int64_t n, F&& term) {
     return trilith::TRILITH_ISA::sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-template <class T, bool is_rms>
-void forward_row(const Forward<T>& op, int64_t row) {
+// Calls f(put) with the way to store: past the caches, or into them.
+template <class T, class F>
+inline void with_store(bool streamed, F&& f) {
     using A = wide_t<T>;
-    const int64_t n = op.width, at = row * n;
-    const T* x = op.x + at;
-    if (op.residual) {
-        const T* residual = op.residual + at;
-        T* sum = op.sum + at;
-        each_register<A>(n, [&](int64_t i, int64_t count) {
-            store_some(sum + i, load_some(x + i, count) + load_some(residual + i, count), count);
-        });
-        x = sum;
-    }
-    A mean = 0;
-    if constexpr (!is_rms)
-        mean = row_sum<A>(n, [&](int64_t i, int64_t count) { return load_some(x + i, count); }) / static_cast<A>(n);
+    if (streamed)
+        f([](T* p, Vec<A> v, int64_t) { stream(p, v); });
+    else
+        f([](T* p, Vec<A> v, int64_t count) { store_some(p, v, count); });
+}
+
+// One row; `row_sum` is a row of memory for the sum with the residual, `next` what is read after this row.
+template <class T, bool is_rms, class Row>
+void norm_row(const Forward<T>& op, int64_t row, const Row* x, wide_t<T> total, const T* next, const T* next_residual) {
+    using A = wide_t<T>;
+    const int64_t n = op.width;
+    const A mean = is_rms ? A(0) : total / static_cast<A>(n);
     const A squares = row_sum<A>(n, [&](int64_t i, int64_t count) {
         Vec<A> centred = load_some(x + i, count) - mean;
         return centred * centred;
@@ -70,23 +71,47 @@ void forward_row(const Forward<T>& op, int64_t row) {
     const A rstd = 1 / std::sqrt(squares / static_cast<A>(n) + op.eps);
     if constexpr (!is_rms) op.mean[row] = mean;
     op.rstd[row] = rstd;
-    T* y = op.y + at;
-    auto write = [&](auto&& put) {
-        if (op.bias)
-            each_register<A>(n, [&](int64_t i, int64_t count) {
-                Vec<A> normal = (load_some(x + i, count) - mean) * rstd;
-                put(y + i, fma(normal, load_some(op.weight + i, count), load_some(op.bias + i, count)), count);
+    T* y = op.y + row * n;
+    with_store<T>(op.streamed, [&](auto put) {
+        each_register<A>(n, [&](int64_t i, int64_t count) {
+            if (next) prefetch(next + i);
+            if (next_residual) prefetch(next_residual + i);
+            Vec<A> normal = (load_some(x + i, count) - mean) * rstd, weight = load_some(op.weight + i, count);
+            put(y + i, op.bias ? fma(normal, weight, load_some(op.bias + i, count)) : normal * weight, count);
+        });
+    });
+}
+
+template <class T, bool is_rms>
+void forward_rows(const Forward<T>& op, int64_t begin, int64_t end) {
+    using A = wide_t<T>;
+    const int64_t n = op.width;
+    std::unique_ptr<A, void (*)(void*)> buffer(op.residual ? (A*)std::malloc(n * sizeof(A)) : nullptr, std::free);
+    A* const held = buffer.get();
+    for (int64_t row = begin; row < end; ++row) {
+        const T* x = op.x + row * n;
+        const T* next = row + 1 < end ? x + n : nullptr;
+        if (!op.residual) {
+            const A total = is_rms ? A(0) : row_sum<A>(n, [&](int64_t i, int64_t count) { return load_some(x + i, count); });
+            norm_row<T, is_rms>(op, row, x, total, next, nullptr);
+            continue;
+        }
+        // The sum goes to memory at once and stays in `held` for the passes over it: its place in memory is not read again.
+        const T* residual = op.residual + row * n;
+        T* sum = op.sum + row * n;
+        A total = 0;
+        with_store<T>(op.streamed, [&](auto put) {
+            total = row_sum<A>(n, [&](int64_t i, int64_t count) {
+                Vec<A> value = load_some(x + i, count) + load_some(residual + i, count);
+                put(sum + i, value, count);
+                value = rounded<T>(value);
+                store_some(held + i, value, count);
+                return value;
             });
-        else
-            each_register<A>(n, [&](int64_t i, int64_t count) {
-                Vec<A> normal = (load_some(x + i, count) - mean) * rstd;
-                put(y + i, normal * load_some(op.weight + i, count), count);
-            });
-    };
-    if (op.streamed)
-        write([](T* p, Vec<A> v, int64_t) { stream(p, v); });
-    else
-        write([](T* p, Vec<A> v, int64_t count) { store_some(p, v, count); });
+        });
+        norm_row<T, is_rms>(op, row, held, total, next, next ? residual + n : nullptr);
+    }
+    if (op.streamed) stream_fence();
 }
 
 template <class T>
@@ -100,8 +125,9 @@ struct Backward {
 };
 
 // Rows [row, row + count): dx, and their part of the gradients of weight and bias added to `dweight` and `dbias`.
+// `more_rows`: as many follow.
 template <class T, bool is_rms, int count>
-void backward_rows(const Backward<T>& op, int64_t row, wide_t<T>* dweight, wide_t<T>* dbias) {
+void backward_rows(const Backward<T>& op, int64_t row, bool more_rows, wide_t<T>* dweight, wide_t<T>* dbias) {
     using A = wide_t<T>;
     const int64_t n = op.width;
     const T *dy = op.dy + row * n, *x = op.x + row * n;
@@ -132,28 +158,32 @@ void backward_rows(const Backward<T>& op, int64_t row, wide_t<T>* dweight, wide_
         const T *dy_row = dy + r * n, *x_row = x + r * n, *dsum = op.dsum ? op.dsum + (row + r) * n : nullptr;
         T* dx = op.dx + (row + r) * n;
         auto value = [&](int64_t i, int64_t lanes) {
+            if (more_rows) {  // while this row is written, the one that stands in its place in the next group is read
+                prefetch(dy_row + count * n + i);
+                prefetch(x_row + count * n + i);
+            }
             Vec<A> normal = (load_some(x_row + i, lanes) - mean[r]) * rstd[r];
             Vec<A> g = load_some(dy_row + i, lanes) * load_some(op.weight + i, lanes);
             return (g - mean_g - normal * mean_gx) * rstd[r];
         };
-        if (op.streamed && dsum)
-            each_register<A>(n, [&](int64_t i, int64_t lanes) { stream(dx + i, value(i, lanes) + load(dsum + i)); });
-        else if (op.streamed)
-            each_register<A>(n, [&](int64_t i, int64_t lanes) { stream(dx + i, value(i, lanes)); });
-        else if (dsum)
-            each_register<A>(n, [&](int64_t i, int64_t lanes) {
-                store_some(dx + i, value(i, lanes) + load_some(dsum + i, lanes), lanes);
-            });
-        else
-            each_register<A>(n, [&](int64_t i, int64_t lanes) { store_some(dx + i, value(i, lanes), lanes); });
+        with_store<T>(op.streamed, [&](auto put) {
+            if (dsum)
+                each_register<A>(n, [&](int64_t i, int64_t lanes) {
+                    if (more_rows) prefetch(dsum + count * n + i);
+                    put(dx + i, value(i, lanes) + load_some(dsum + i, lanes), lanes);
+                });
+            else
+                each_register<A>(n, [&](int64_t i, int64_t lanes) { put(dx + i, value(i, lanes), lanes); });
+        });
     }
 }
 
 template <class T, bool is_rms>
 void backward_part(const Backward<T>& op, Range rows, wide_t<T>* dweight, wide_t<T>* dbias) {
     int64_t row = rows.begin;
-    for (; row + kRows <= rows.end; row += kRows) backward_rows<T, is_rms, kRows>(op, row, dweight, dbias);
-    for (; row < rows.end; ++row) backward_rows<T, is_rms, 1>(op, row, dweight, dbias);
+    for (; row + kRows <= rows.end; row += kRows)
+        backward_rows<T, is_rms, kRows>(op, row, row + 2 * kRows <= rows.end, dweight, dbias);
+    for (; row < rows.end; ++row) backward_rows<T, is_rms, 1>(op, row, false, dweight, dbias);
     if (op.streamed) stream_fence();
 }
 
@@ -168,10 +198,9 @@ void norm_forward(int dtype, Address x, Address residual, Address weight, Addres
         Forward<T> op{(const T*)x, (const T*)residual, (const T*)weight, (const T*)bias, (T*)sum,
                       (T*)y,       (A*)mean,           (A*)rstd,         width,          static_cast<A>(eps),
                       false};
-        op.streamed = bytes >= kStreamBytes && streams(op.y, width);
+        op.streamed = bytes >= kStreamBytes && streams(op.y, width) && streams(op.sum, width);
         for_each_piece(rows, useful_threads(threads, 2 * bytes), 1, [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; ++row) mean ? forward_row<T, false>(op, row) : forward_row<T, true>(op, row);
-            if (op.streamed) stream_fence();
+            mean ? forward_rows<T, false>(op, begin, end) : forward_rows<T, true>(op, begin, end);
         });
     });
 }

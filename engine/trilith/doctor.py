@@ -7,11 +7,16 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed
+
+from trilith.kernels import library
+from trilith.kernels.backends import Backends
 
 PACKAGES = ("torch", "numpy", "pydantic", "safetensors", "tokenizers", "rich", "tensorboard", "matplotlib")
 OPTIONAL = ("deepspeed", "transformers", "triton", "pyarrow", "ninja", "pybind11")
@@ -31,6 +36,7 @@ def examine() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": [name for name in ("gloo", "nccl", "mpi") if torch.distributed.is_backend_available(name)],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": _kernels(),
         "compilers": {name: _compiler(name) for name in ("g++", "nvcc")},
         "environment": {
             k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "NCCL_", "GLOO_", "CUDA_"))
@@ -47,11 +53,50 @@ def describe(report: dict[str, Any]) -> str:
     devices = ", ".join(report["devices"]) or "none (ranks run on the CPU)"
     lines.append(f"CUDA          {report['torch_cuda'] or 'not in this torch'}; devices: {devices}")
     lines.append(f"backends      {', '.join(report['backends'])}")
+    lines += _kernel_lines(report["kernels"])
     for name, version in report["compilers"].items():
         lines.append(f"{name:<14}{version or 'not found (not needed to train)'}")
     for name, value in report["environment"].items():
         lines.append(f"{name}={value}")
     return "\n".join(lines)
+
+
+def _kernels() -> dict[str, Any]:
+    """The native library, and by family of ops and device what runs under `auto`, with why nothing faster does."""
+    found = library.LIBRARY
+    no_cuda = "the library has no CUDA kernels" if found else library.MISSING
+    cpu = {"runs": "fused", "why": ""} if found else {"runs": "torch", "why": library.MISSING}
+    return {
+        "built": found is not None,
+        "instruction_sets": list(found.instruction_sets) if found else [],
+        "openmp": bool(found and found.has_openmp),
+        "openmp_runtimes": _openmp_runtimes(),
+        "ops": {f.name: {"cpu": cpu, "cuda": {"runs": "torch", "why": no_cuda}} for f in fields(Backends)},
+    }
+
+
+def _openmp_runtimes() -> list[str]:
+    """The OpenMP runtimes in this process. With two, their teams of threads wait on each other's cores."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    paths = {line.split()[-1] for line in maps.splitlines() if "/" in line}
+    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+
+
+def _kernel_lines(kernels: dict[str, Any]) -> list[str]:
+    sets = ", ".join(kernels["instruction_sets"])
+    lines = [f"kernels       {f'built for {sets}' if kernels['built'] else 'not built'}"]
+    if len(kernels["openmp_runtimes"]) > 1:
+        lines.append(f"  two OpenMP runtimes are loaded, set run.threads to 1: {', '.join(kernels['openmp_runtimes'])}")
+    for device in ("cpu", "cuda"):
+        rows: dict[tuple[str, str], list[str]] = {}
+        for op, by_device in kernels["ops"].items():
+            rows.setdefault((by_device[device]["runs"], by_device[device]["why"]), []).append(op)
+        for (runs, why), ops in rows.items():
+            lines.append(f"  {device:<5}{runs:<10}{', '.join(ops)}{f' ({why})' if why else ''}")
+    return lines
 
 
 def _version(package: str) -> str | None:
