@@ -25,11 +25,15 @@ from trilith_launcher.supervise import Outcome, Supervisor, caught_signals
 RUN_ID_VARIABLE = "TRILITH_RUN_ID"
 # Once the cause is known, other accounts add little, and eight tracebacks keep a small machine busy.
 _KNOWN_CAUSE_GRACE_S = 0.2
+# A training step frees and asks for the same large tensors again and again. glibc by default gives each above 32 MiB, and
+# the top of the heap, back to the system at once, and every page is then a fault and zeroed anew; huge pages fault once for
+# 2 MiB. What piles up unused the trainer gives back itself (trilith.host_memory).
+_ALLOCATOR = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 _RESERVED = ("rank", "world_size", "store_path", "context")
 
 
 def rank_environment(num_ranks: int, threads_per_rank: int, run_id: str) -> dict[str, str]:
-    """The environment of the fork server and the ranks: this process's, with threads, network device and run id set.
+    """The environment of the fork server and the ranks: this process's, with threads, allocator, network device and run id set.
 
     OpenMP reads its variables when torch loads. Ranks that fill the machine must not spin while they wait: two ranks
     of two threads on two cores ran at 13-56 % of their speed. gloo's device is the loopback, so nothing listens
@@ -40,6 +44,7 @@ def rank_environment(num_ranks: int, threads_per_rank: int, run_id: str) -> dict
     if num_ranks * threads_per_rank >= len(os.sched_getaffinity(0)):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
     environment["GLOO_SOCKET_IFNAME"] = "lo"
+    environment.setdefault("GLIBC_TUNABLES", _ALLOCATOR)
     environment[RUN_ID_VARIABLE] = run_id
     return environment
 
