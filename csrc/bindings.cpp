@@ -11,6 +11,16 @@ namespace py = pybind11;
 
 namespace {
 
+void bind_structs(py::module_& module) {
+    using namespace trilith;
+    py::class_<HeadStrides>(module, "HeadStrides").def(py::init<int64_t, int64_t, int64_t>());
+    py::class_<AttentionSizes>(module, "AttentionSizes")
+        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, HeadStrides, HeadStrides, HeadStrides>());
+    py::class_<AttentionRule>(module, "AttentionRule")
+        .def(py::init<bool, int64_t, Address, Address, Address, Address, int64_t, int64_t, Address, int64_t, uint32_t, uint32_t,
+                      uint32_t>());
+}
+
 // A submodule for each instruction set that this processor runs.
 void bind_cpu(py::module_& module) {
     py::list names;
@@ -28,6 +38,7 @@ void bind_cpu(py::module_& module) {
 
 PYBIND11_MODULE(_kernels, module) {
     module.doc() = "Kernels of csrc/. Call them through trilith.kernels.ops, which checks what they do not.";
+    bind_structs(module);
     bind_cpu(module);
 #ifdef _OPENMP
     module.attr("has_openmp") = true;

@@ -70,7 +70,7 @@ using int_t = typename IntOf<T>::type;
 
 template <class T>
 inline Vec<T> fill(T x) {
-    return Vec<T>{} + x;
+    return x - Vec<T>{};  // a sum with zero would make -0 a 0, so that the compiler had to do it
 }
 
 // --- sixteen-bit formats, to and from float ---------------------------------------------------------------------------
