@@ -5,6 +5,8 @@
 // keys' and values' gradients over the whole tile of queries, panel by panel, from the first query that sees the panel. Query
 // heads that read one key/value head leave partial gradients, which are added in the order of heads.
 // Memory: keys and values four times for each thread; the work is 10 S^2 D (half of it where causal).
+#include <vector>
+
 #include "cpu/attention_tile.h"
 
 namespace trilith::TRILITH_ISA {
@@ -17,8 +19,8 @@ struct Backward {
     Heads<const T> q, k, v;
     const T *out, *dout;  // (batch, query, head, feature)
     const A* lse;         // (batch, head, query)
-    Heads<T> dq;
-    A *dk, *dv;  // (batch, head, key, stride): each query head's part
+    Heads<T> dq, dk, dv;
+    A *dk_parts, *dv_parts;  // (batch, head, key, stride): each query head's part; null where it is the whole
     const int64_t* kv_index;
     int64_t num_queries, num_keys, num_heads, features, stride;
     A scale;
@@ -155,9 +157,24 @@ void backward_part(const Backward<T>& op, int64_t batch, int64_t head) {
             each_register<A>(op.features, [&](int64_t f, int64_t lanes) { store_some(to + f, load(from + f) * op.scale, lanes); });
         }
     }
-    const int64_t size = op.num_keys * stride, at = (batch * op.num_heads + head) * size;
-    std::copy(dk.get(), dk.get() + size, op.dk + at);
-    std::copy(dv.get(), dv.get() + size, op.dv + at);
+    if (op.dk_parts) {
+        const int64_t size = op.num_keys * stride, at = (batch * op.num_heads + head) * size;
+        std::copy(dk.get(), dk.get() + size, op.dk_parts + at);
+        std::copy(dv.get(), dv.get() + size, op.dv_parts + at);
+        return;
+    }
+    for (int64_t key = 0; key < op.num_keys; ++key)
+        each_register<A>(op.features, [&](int64_t f, int64_t lanes) {
+            store_some(op.dk.row(batch, key, kv_head) + f, load(dk.get() + key * stride + f), lanes);
+            store_some(op.dv.row(batch, key, kv_head) + f, load(dv.get() + key * stride + f), lanes);
+        });
+}
+
+// Whether each key/value head is read by exactly one query head.
+bool is_one_to_one(const int64_t* kv_index, int64_t num_heads, int64_t num_kv_heads) {
+    std::vector<int> readers(static_cast<size_t>(num_kv_heads));
+    for (int64_t head = 0; head < num_heads; ++head) ++readers[static_cast<size_t>(kv_index[head])];
+    return std::all_of(readers.begin(), readers.end(), [](int count) { return count == 1; });
 }
 
 // The gradients of one key/value head: the sum over the query heads that read it, in their order.
@@ -184,18 +201,21 @@ void attention_backward(int dtype, const AttentionSizes& sizes, const AttentionR
         using T = typename decltype(tag)::type;
         using A = wide_t<T>;
         const int64_t stride = round_up(sizes.features, kLanes<A>), heads = sizes.batch * sizes.num_heads;
-        Memory<A> dk_parts = allocate<A>(heads * sizes.num_keys * stride), dv_parts = allocate<A>(heads * sizes.num_keys * stride);
+        const bool whole = is_one_to_one((const int64_t*)kv_index, sizes.num_heads, sizes.num_kv_heads);
+        const int64_t size = whole ? 0 : heads * sizes.num_keys * stride;
+        Memory<A> dk_parts = allocate<A>(size), dv_parts = allocate<A>(size);
         const Backward<T> op{heads_of<const T>(q, sizes.q), heads_of<const T>(k, sizes.k), heads_of<const T>(v, sizes.v),
                              (const T*)out, (const T*)dout, (const A*)lse, heads_of<T>(dq, gradient_sizes.q),
-                             dk_parts.get(), dv_parts.get(), (const int64_t*)kv_index, sizes.num_queries, sizes.num_keys,
+                             heads_of<T>(dk, gradient_sizes.k), heads_of<T>(dv, gradient_sizes.v),
+                             whole ? nullptr : dk_parts.get(), whole ? nullptr : dv_parts.get(), (const int64_t*)kv_index, sizes.num_queries, sizes.num_keys,
                              sizes.num_heads, sizes.features, stride, static_cast<A>(sizes.scale), score_rule<A>(rule)};
         const int used = useful_threads(threads, heads * sizes.num_queries * sizes.num_keys * sizes.features);
         for_each_part(heads, used, [&](int64_t part) { backward_part(op, part / sizes.num_heads, part % sizes.num_heads); });
-        const Heads<T> dk_to = heads_of<T>(dk, gradient_sizes.k), dv_to = heads_of<T>(dv, gradient_sizes.v);
+        if (whole) return;
         for_each_part(sizes.batch * sizes.num_kv_heads, used, [&](int64_t part) {
             const int64_t batch = part / sizes.num_kv_heads, kv_head = part % sizes.num_kv_heads;
-            gather_heads(dk_parts.get(), dk_to, op, batch, kv_head);
-            gather_heads(dv_parts.get(), dv_to, op, batch, kv_head);
+            gather_heads(dk_parts.get(), op.dk, op, batch, kv_head);
+            gather_heads(dv_parts.get(), op.dv, op, batch, kv_head);
         });
     });
 }
