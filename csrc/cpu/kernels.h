@@ -14,7 +14,12 @@ using Address = std::uintptr_t;
 // The ops of one instruction set as a table of functions: bindings.cpp lets Python choose among the tables.
 #define TRILITH_CPU_OPS(OP) \
     OP(norm_forward)        \
-    OP(norm_backward)
+    OP(norm_backward)       \
+    OP(dropout_forward)     \
+    OP(dropout_bias_backward) \
+    OP(dropout_keep)        \
+    OP(attention_keep)      \
+    OP(fill_normal)
 
 #define TRILITH_DECLARE_CPU_OPS                                                                                        \
     /* --- norm.cpp: LayerNorm, or RMSNorm where mean is 0 ------------------------------------------------------- */  \
@@ -24,7 +29,34 @@ using Address = std::uintptr_t;
                       Address mean, Address rstd, int64_t rows, int64_t width, double eps, int threads);               \
     /* dx = gradient of the normed x (the sum) + dsum; dweight and dbias (width) are overwritten.                   */  \
     void norm_backward(int dtype, Address dy, Address dsum, Address x, Address weight, Address mean, Address rstd,     \
-                       Address dx, Address dweight, Address dbias, int64_t rows, int64_t width, int threads);
+                       Address dx, Address dweight, Address dbias, int64_t rows, int64_t width, int threads);                       \
+    /* --- dropout.cpp: decisions of the stream of kernels/stream.py; threshold = round(65536 p) ----------------- */  \
+    /* y (batch, length, width) = residual + dropout(x + bias (width)), without the residual or the bias where 0;  */  \
+    /* sample_ids (batch) int64; positions int64 (length) with position_stride 0, or (batch, length) with length.  */  \
+    /* Of the gradient dy it makes dx. y may be x or residual.                                                      */  \
+    void dropout_forward(int dtype, Address x, Address bias, Address residual, Address y, Address sample_ids,          \
+                         Address positions, int64_t position_stride, int64_t batch, int64_t length, int64_t width,     \
+                         int64_t first_feature, uint32_t key_first, uint32_t key_second, uint32_t threshold,           \
+                         int threads);                                                                                 \
+    /* dx as above, and dbias (width) = its sum over rows. dx may be dy.                                            */  \
+    void dropout_bias_backward(int dtype, Address dy, Address dx, Address dbias, Address sample_ids,                   \
+                               Address positions, int64_t position_stride, int64_t batch, int64_t length,              \
+                               int64_t width, int64_t first_feature, uint32_t key_first, uint32_t key_second,          \
+                               uint32_t threshold, int threads);                                                       \
+    /* keep (batch, length, width) bytes: 1 where kept.                                                             */  \
+    void dropout_keep(Address keep, Address sample_ids, Address positions, int64_t position_stride, int64_t batch,     \
+                      int64_t length, int64_t width, int64_t first_feature, uint32_t key_first, uint32_t key_second,   \
+                      uint32_t threshold, int threads);                                                                \
+    /* keep (batch, heads, num_queries, num_keys) bytes; queries (num_queries) int64, keys from first_key on.       */  \
+    void attention_keep(Address keep, Address sample_ids, Address queries, int64_t batch, int64_t heads,               \
+                        int64_t num_queries, int64_t num_keys, int64_t first_head, int64_t first_key,                  \
+                        uint32_t key_first, uint32_t key_second, uint32_t threshold, int threads);                     \
+    /* --- random.cpp -------------------------------------------------------------------------------------------- */  \
+    /* out (runs, run): normal numbers times deviation. Run i begins at the canonical element first + sum of its    */  \
+    /* coordinates in extents (dims) int64 times strides (dims) int64.                                              */  \
+    void fill_normal(int dtype, Address out, int64_t runs, int64_t run, int64_t first, Address extents,                \
+                     Address strides, int64_t dims, uint32_t key_first, uint32_t key_second, double deviation,         \
+                     int threads);
 
 namespace base {
 TRILITH_DECLARE_CPU_OPS
