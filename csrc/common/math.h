@@ -1,5 +1,6 @@
-// exp, log, tanh and erf of a register, with the errors that the ops' accuracy bars need. No library function is called,
-// so a number's result does not depend on where in a row it lies.
+// Functions of a register, with the errors that the ops' accuracy bars need: exp, sigmoid (with which tanh is written) and
+// the normal distribution (with which erf is). No library function is called, so a number's result does not depend on where
+// in a row it lies.
 #pragma once
 
 #include "common/vec.h"
@@ -46,6 +47,49 @@ inline vd exp(vd x) {
     y = x < fill(-708.39) ? vd{} : y;
     y = x > fill(709.782712893384) ? fill(std::numeric_limits<double>::infinity()) : y;
     return x == x ? y : x;
+}
+
+// 1 / (1 + e^-x), error about 2 units in the last place; tanh(x) is 2 sigmoid(2x) - 1.
+template <class V>
+inline V sigmoid(V x) {
+    return 1 / (1 + exp(-x));
+}
+
+// The standard normal distribution at x: (1 + erf(x / sqrt(2))) / 2, and its density.
+template <class V>
+struct Normal {
+    V cumulative, density;
+};
+
+// The tail beyond |x| is e^(-x^2 / 2) times a slow function of |x|, here a polynomial in (|x| - k) / (|x| + k), which takes
+// the half line to [-1, 1]; the density needs the same e^(-x^2 / 2). For float k = 4, interpolated at Chebyshev points
+// of |x| < 9, where the tail is 1e-19, to 5e-9; for double k = 6, the whole half line, times 1 + |x|, to 1e-17.
+inline Normal<vf> normal(vf x) {
+    vf size = min(x < 0 ? -x : x, fill(14.0f));  // the tail is zero from 14 on, and infinity stays out
+    vf t = (size - 4.0f) / (size + 4.0f);
+    constexpr float coefficients[] = {
+        -0x1.48fe84p-14f, -0x1.9b1f5ep-13f, 0x1.5287b2p-11f, 0x1.0c327ap-11f, -0x1.164634p-7f,
+        0x1.f9aed4p-6f, -0x1.25b6b2p-4f, 0x1.fd751cp-4f, -0x1.5cf97ap-3f, 0x1.82b4bcp-4f};
+    vf p = fill(coefficients[0]);
+    for (int i = 1; i < 10; ++i) p = fma(p, t, fill(coefficients[i]));
+    vf bell = exp(size * size * -0.5f), tail = p * bell;
+    return {x < 0 ? tail : 1 - tail, bell * 0x1.988454p-2f};
+}
+inline Normal<vd> normal(vd x) {
+    vd size = min(x < 0 ? -x : x, fill(38.0));
+    vd t = (size - 6.0) / (size + 6.0);
+    constexpr double coefficients[] = {
+        -0x1.b2e1935e04662p-34, -0x1.76ce76c46c94cp-32, 0x1.95dce4c8b5362p-30,
+        0x1.08eb2dcec6ca0p-28, -0x1.fb9f57321cb25p-27, -0x1.684e999e0e98fp-26,
+        0x1.191c00612dafbp-23, -0x1.0b6d1e2b2925cp-35, -0x1.0bfc74252f7fep-20,
+        0x1.ded9d8aa81a86p-20, 0x1.2811453e0d9cfp-18, -0x1.ba23869f86450p-16, 0x1.3d0c6578d4785p-15,
+        0x1.f52d1c238347ep-14, -0x1.c79a7ee772bebp-11, 0x1.80c840be5d8eep-9, -0x1.ceac1d8112daep-8,
+        0x1.b212c029b9c89p-7, -0x1.43da9f73c140ap-6, 0x1.7227accadeea5p-6, -0x1.08766e432ba3dp-6,
+        -0x1.1e9d4130eaff5p-8, 0x1.46229bd016fd5p-5, -0x1.5c438de6f0febp-4, 0x1.d0568f5d76666p-2};
+    vd p = fill(coefficients[0]);
+    for (int i = 1; i < 25; ++i) p = fma(p, t, fill(coefficients[i]));
+    vd bell = exp(size * size * -0.5), tail = p * bell / (1 + size);
+    return {x < 0 ? tail : 1 - tail, bell * 0x1.9884533d43651p-2};
 }
 
 }  // namespace trilith::TRILITH_ISA

@@ -16,10 +16,15 @@ using Address = std::uintptr_t;
     OP(norm_forward)        \
     OP(norm_backward)       \
     OP(dropout_forward)     \
-    OP(dropout_bias_backward) \
+    OP(dropout_bias_backward)\
     OP(dropout_keep)        \
     OP(attention_keep)      \
-    OP(fill_normal)
+    OP(fill_normal)         \
+    OP(activation_forward)  \
+    OP(activation_backward) \
+    OP(glu_forward)         \
+    OP(glu_backward)        \
+    OP(rotary)
 
 #define TRILITH_DECLARE_CPU_OPS                                                                                        \
     /* --- norm.cpp: LayerNorm, or RMSNorm where mean is 0 ------------------------------------------------------- */  \
@@ -56,7 +61,29 @@ using Address = std::uintptr_t;
     /* coordinates in extents (dims) int64 times strides (dims) int64.                                              */  \
     void fill_normal(int dtype, Address out, int64_t runs, int64_t run, int64_t first, Address extents,                \
                      Address strides, int64_t dims, uint32_t key_first, uint32_t key_second, double deviation,         \
-                     int threads);
+                     int threads);                                                                                     \
+    /* --- activation.cpp: kind 0 is GELU, 1 its tanh form, 2 SiLU (x sigmoid(x)) --------------------------------- */  \
+    /* y (rows, width) = f(x + bias (width)), without the bias where 0. y may be x.                                 */  \
+    void activation_forward(int dtype, int kind, Address x, Address bias, Address y, int64_t rows, int64_t width,      \
+                            int threads);                                                                              \
+    /* dx = dy f'(x + bias); with a bias dbias (width) is its sum over rows. dx may be dy.                          */  \
+    void activation_backward(int dtype, int kind, Address dy, Address x, Address bias, Address dx, Address dbias,      \
+                             int64_t rows, int64_t width, int threads);                                                \
+    /* y (rows, width) = f(gate) up. Rows of gate and up are gate_stride and up_stride elements apart.              */  \
+    void glu_forward(int dtype, int kind, Address gate, Address up, Address y, int64_t rows, int64_t width,            \
+                     int64_t gate_stride, int64_t up_stride, int threads);                                             \
+    /* Gradients of both, in rows gradient_stride elements apart.                                                   */  \
+    void glu_backward(int dtype, int kind, Address dy, Address gate, Address up, Address dgate, Address dup,           \
+                      int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride, int64_t gradient_stride,    \
+                      int threads);                                                                                    \
+    /* --- rotary.cpp --------------------------------------------------------------------------------------------- */  \
+    /* y (batch, length, heads, 2 half) = x with the pairs (i, i + half) turned by the angles of cos and sin, wide, */  \
+    /* (length, half) with table_stride 0, or (batch, length, half) with length * half; turned back if inverse.     */  \
+    /* Elements of x and y are x_... and y_... apart from sample to sample, position to position, head to head, and */  \
+    /* a head's are neighbours. y may be x.                                                                         */  \
+    void rotary(int dtype, Address x, Address y, Address cos, Address sin, int64_t batch, int64_t length,              \
+                int64_t heads, int64_t half, int64_t x_sample, int64_t x_position, int64_t x_head, int64_t y_sample,   \
+                int64_t y_position, int64_t y_head, int64_t table_stride, bool inverse, int threads);
 
 namespace base {
 TRILITH_DECLARE_CPU_OPS
