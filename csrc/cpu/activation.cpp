@@ -35,10 +35,11 @@ inline ValueAndSlope<V> evaluate(V x) {
     } else if constexpr (kind == kGeluTanh) {
         // (1 + tanh(u)) / 2 = sigmoid(2u) with 2u = a x + b x^3.
         constexpr A a = A(1.5957691216057308), b = a * A(0.044715);
-        V square = x * x, s = sigmoid(x * (a + b * square));
+        constexpr A c = a * kSigmoidFactor<A>, d = b * kSigmoidFactor<A>;
+        V square = x * x, s = sigmoid(x, c + d * square, A(10));
         return {x * s, s + x * s * (1 - s) * (a + 3 * b * square)};
     } else {
-        V s = sigmoid(x);
+        V s = sigmoid(x, fill(kSigmoidFactor<A>), A(87));
         return {x * s, s + x * s * (1 - s)};
     }
 }
