@@ -1,5 +1,6 @@
-// exp, log, tanh and erf of a register, with the errors that the ops' accuracy bars need. No library function is called,
-// so a number's result does not depend on where in a row it lies.
+// Functions of a register, with the errors that the ops' accuracy bars need: exp, sigmoid (with which tanh is written) and
+// the normal distribution (with which erf is). No library function is called, so a number's result does not depend on where
+// in a row it lies.
 #pragma once
 
 #include "common/vec.h"
@@ -46,6 +47,89 @@ inline vd exp(vd x) {
     y = x < fill(-708.39) ? vd{} : y;
     y = x > fill(709.782712893384) ? fill(std::numeric_limits<double>::infinity()) : y;
     return x == x ? y : x;
+}
+
+inline vf magnitude(vf x) { return (vf)((vi)x & 0x7FFFFFFF); }
+inline vd magnitude(vd x) { return (vd)((vl)x & 0x7FFFFFFFFFFFFFFF); }
+
+// x, but no further from zero than `limit`; the limit where x is no number.
+inline vf within(vf x, float limit) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    return (vf)_mm512_maskz_range_ps(0xFFFF, (__m512)x, _mm512_set1_ps(limit), 2);
+#else
+    return max(min(x, fill(limit)), fill(-limit));
+#endif
+}
+
+// 2^(a b) where |a b| <= 126, error 1.5 units in the last place. With a fused multiply-add the product is exact.
+inline vf exp2_of_product(vf a, vf b) {
+    vf n = round_even(a * b), f = fma(a, b, -n);
+    constexpr float coefficients[] = {0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
+    vf p = fill(0x1.5bba14p-10f);  // a minimax polynomial with p(0) = 1
+    for (float coefficient : coefficients) p = fma(p, f, fill(coefficient));
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)n);
+#else
+    return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+#endif
+}
+
+// 1 / x where |x| is in [2^-125, 2^126], error 1 unit in the last place.
+inline vf inverse(vf x) {
+#if defined(__AVX512F__)
+    vf guess = (vf)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);  // one step of Newton's takes 14 bits to all
+    return guess * fma(-x, guess, fill(2.0f));
+#else
+    return 1 / x;
+#endif
+}
+
+// 1 / (1 + e^-(a b)), error about 2 units in the last place, for c = b kSigmoidFactor, which most callers fold into their
+// constants. a b must be at most 87 from zero where a is `limit` from zero. tanh(x) is 2 sigmoid of 2x, minus 1.
+template <class A>
+constexpr A kSigmoidFactor = sizeof(A) == sizeof(float) ? A(-0x1.71547652b82fep+0) : A(-1);
+inline vf sigmoid(vf a, vf c, float limit) {
+    vf value = inverse(1 + exp2_of_product(within(a, limit), c));
+    return a < -limit ? vf{} : value;
+}
+inline vd sigmoid(vd a, vd c, double) { return 1 / (1 + exp(a * c)); }
+
+// The standard normal distribution at x: (1 + erf(x / sqrt(2))) / 2, and its density.
+template <class V>
+struct Normal {
+    V cumulative, density;
+};
+
+// The tail beyond |x| is e^(-x^2 / 2) times a slow function of |x|, here a polynomial in (|x| - k) / (|x| + k), which takes
+// the half line to [-1, 1]; the density needs the same e^(-x^2 / 2). For float k = 3.5, interpolated at Chebyshev points
+// of |x| < 9, where the tail is 1e-19, to 4e-8; for double k = 6, the whole half line, times 1 + |x|, to 1e-17.
+inline Normal<vf> normal(vf x) {
+    vf size = min(magnitude(x), fill(13.0f));  // the tail beyond is nothing beside x, and infinity stays out
+    vf t = fma(inverse(size + 3.5f), fill(-7.0f), fill(1.0f));
+    constexpr float coefficients[] = {0x1.8e1108p-12f, -0x1.6de4d0p-10f, -0x1.996abap-10f, 0x1.386642p-6f,
+                                      -0x1.f8f310p-5f, 0x1.01c05ep-3f,   -0x1.7f431ap-3f,  0x1.b396fap-4f};
+    vf p = fill(0x1.5df2c8p-13f);
+    for (float coefficient : coefficients) p = fma(p, t, fill(coefficient));
+    vf bell = exp2_of_product(size * size, fill(-0x1.715476p-1f));
+    bell = size < 13.0f ? bell : vf{};
+    vf tail = p * bell;
+    return {x < 0 ? tail : 1 - tail, bell * 0x1.988454p-2f};
+}
+inline Normal<vd> normal(vd x) {
+    vd size = min(magnitude(x), fill(38.0));  // the tail beyond underflows, and infinity stays out
+    vd t = (size - 6.0) / (size + 6.0);
+    constexpr double coefficients[] = {
+        -0x1.b2e1935e04662p-34, -0x1.76ce76c46c94cp-32, 0x1.95dce4c8b5362p-30,
+        0x1.08eb2dcec6ca0p-28, -0x1.fb9f57321cb25p-27, -0x1.684e999e0e98fp-26,
+        0x1.191c00612dafbp-23, -0x1.0b6d1e2b2925cp-35, -0x1.0bfc74252f7fep-20,
+        0x1.ded9d8aa81a86p-20, 0x1.2811453e0d9cfp-18, -0x1.ba23869f86450p-16, 0x1.3d0c6578d4785p-15,
+        0x1.f52d1c238347ep-14, -0x1.c79a7ee772bebp-11, 0x1.80c840be5d8eep-9, -0x1.ceac1d8112daep-8,
+        0x1.b212c029b9c89p-7, -0x1.43da9f73c140ap-6, 0x1.7227accadeea5p-6, -0x1.08766e432ba3dp-6,
+        -0x1.1e9d4130eaff5p-8, 0x1.46229bd016fd5p-5, -0x1.5c438de6f0febp-4, 0x1.d0568f5d76666p-2};
+    vd p = fill(coefficients[0]);
+    for (int i = 1; i < 25; ++i) p = fma(p, t, fill(coefficients[i]));
+    vd bell = exp(size * size * -0.5), tail = p * bell / (1 + size);
+    return {x < 0 ? tail : 1 - tail, bell * 0x1.9884533d43651p-2};
 }
 
 }  // namespace trilith::TRILITH_ISA

@@ -1,8 +1,4 @@
-// Every op of csrc/cpu, declared once and compiled for each instruction set.
-//
-// Addresses point to contiguous memory of the given dtype (codes of common/types.h) unless said otherwise; 0 stands for
-// what is absent. "wide" is fp32, or fp64 where dtype is fp64. `threads` is the most that may be used; results do not
-// depend on it. Nothing is checked here: kernels/ops does that. Nothing is kept between calls.
+// Every op of csrc/cpu, declared once (ops.inc) and compiled for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -35,37 +31,29 @@ struct AttentionRule {
 
 // The ops of one instruction set as a table of functions: bindings.cpp lets Python choose among the tables.
 #define TRILITH_CPU_OPS(OP) \
-    OP(norm_forward)        \
-    OP(norm_backward)       \
-    OP(attention_forward)   \
-    OP(attention_backward)
-
-#define TRILITH_DECLARE_CPU_OPS                                                                                        \
-    /* --- norm.cpp: LayerNorm, or RMSNorm where mean is 0 ------------------------------------------------------- */  \
-    /* y (rows, width) = norm(x + residual) * weight + bias; sum = x + residual if there is a residual; mean and   */  \
-    /* rstd (rows) wide are kept for backward.                                                                     */  \
-    void norm_forward(int dtype, Address x, Address residual, Address weight, Address bias, Address sum, Address y,    \
-                      Address mean, Address rstd, int64_t rows, int64_t width, double eps, int threads);               \
-    /* dx = gradient of the normed x (the sum) + dsum; dweight and dbias (width) are overwritten.                   */  \
-    void norm_backward(int dtype, Address dy, Address dsum, Address x, Address weight, Address mean, Address rstd,     \
-                       Address dx, Address dweight, Address dbias, int64_t rows, int64_t width, int threads);           \
-    /* --- attention.cpp, attention_backward.cpp ------------------------------------------------------------------ */  \
-    /* out (batch, query, head, feature); lse (batch, head, query) wide, kept for backward; kv_index int64 (head).   */  \
-    void attention_forward(int dtype, const AttentionSizes& sizes, const AttentionRule& rule, Address q, Address k,     \
-                           Address v, Address kv_index, Address out, Address lse, int threads);                         \
-    /* dq, dk and dv lie as the strides of gradient_sizes say.                                                       */  \
-    void attention_backward(int dtype, const AttentionSizes& sizes, const AttentionRule& rule, Address q, Address k,    \
-                            Address v, Address kv_index, Address out, Address lse, Address dout, Address dq, Address dk, \
-                            Address dv, const AttentionSizes& gradient_sizes, int threads);
+    OP(norm_forward) \
+    OP(norm_backward) \
+    OP(attention_forward) \
+    OP(attention_backward) \
+    OP(dropout_forward) \
+    OP(dropout_bias_backward) \
+    OP(dropout_keep) \
+    OP(attention_keep) \
+    OP(fill_normal) \
+    OP(activation_forward) \
+    OP(activation_backward) \
+    OP(glu_forward) \
+    OP(glu_backward) \
+    OP(rotary)
 
 namespace base {
-TRILITH_DECLARE_CPU_OPS
+#include "cpu/ops.inc"
 }
 namespace avx2 {
-TRILITH_DECLARE_CPU_OPS
+#include "cpu/ops.inc"
 }
 namespace avx512 {
-TRILITH_DECLARE_CPU_OPS
+#include "cpu/ops.inc"
 }
 
 struct CpuKernels {

@@ -14,6 +14,7 @@ from trilith.sharding import Box, whole
 
 KEY = (0x0BADCAFE, 0x12345678)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["auto", "torch"]  # the native library where it was built, and torch's ops
 FULL = 0xFFFFFFFF
 # Random123, tests/kat_vectors: counter, key, result.
 KNOWN = (
@@ -166,11 +167,12 @@ BOXES = (
 )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("piece", [None, 16])
 @pytest.mark.parametrize(("shape", "box"), BOXES, ids=str)
 def test_any_box_is_the_slice_of_the_whole(
-    shape: tuple[int, ...], box: Box, piece: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, shape: tuple[int, ...], box: Box, piece: int | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However a tensor is cut and worked through, each element keeps its value."""
     numel = whole(shape).numel
@@ -178,25 +180,27 @@ def test_any_box_is_the_slice_of_the_whole(
     if piece is not None:
         monkeypatch.setattr(stream, "_CPU_PIECE", piece)
         monkeypatch.setattr(stream, "_GPU_PIECE", piece)
-    ours = stream.fill_box(KEY, shape, box, "normal", 0.02, torch.float32, device)
+    ours = stream.fill_box(KEY, shape, box, "normal", 0.02, torch.float32, device, backend=backend)
     part = everything[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
     assert ours.shape == box.shape and ours.is_contiguous()
     assert torch.equal(ours, part)
 
 
-def test_large_boxes_cross_pieces() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_boxes_cross_pieces(backend: str) -> None:
     shape = (301, 1003)
-    everything = stream.fill_box(KEY, shape, whole(shape), "normal", 1.0, torch.float64, "cpu")
+    everything = stream.fill_box(KEY, shape, whole(shape), "normal", 1.0, torch.float64, "cpu", backend=backend)
     assert torch.equal(everything.view(-1), stream.normal(KEY, torch.arange(everything.numel())))
-    part = stream.fill_box(KEY, shape, Box((1, 2), (301, 1001)), "normal", 1.0, torch.float64, "cpu")
+    part = stream.fill_box(KEY, shape, Box((1, 2), (301, 1001)), "normal", 1.0, torch.float64, "cpu", backend=backend)
     assert torch.equal(part, everything[1:, 2:1001])
 
 
-def test_indices_beyond_32_bits() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_indices_beyond_32_bits(backend: str) -> None:
     """A tensor of 2^40 elements: the second counter word counts."""
     side = 1 << 20
     box = Box((side - 2, side - 9), (side, side))
-    ours = stream.fill_box(KEY, (side, side), box, "normal", 1.0, torch.float64, "cpu")
+    ours = stream.fill_box(KEY, (side, side), box, "normal", 1.0, torch.float64, "cpu", backend=backend)
     rows, columns = np.arange(side - 2, side)[:, None], np.arange(side - 9, side)
     indices = (rows * side + columns).reshape(-1)
     assert np.array_equal(ours.numpy().reshape(-1), numpy_inverse_normal(numpy_words(indices)))
@@ -204,12 +208,15 @@ def test_indices_beyond_32_bits() -> None:
     assert len(set(stream.normal(KEY, beyond).tolist())) == 3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_the_rounded_master(dtype: torch.dtype) -> None:
+def test_low_precision_is_the_rounded_master(backend: str, dtype: torch.dtype) -> None:
     shape = (64, 513)
-    master = stream.fill_box(KEY, shape, whole(shape), "normal", 0.02, torch.float32, "cpu")
-    assert torch.equal(stream.fill_box(KEY, shape, whole(shape), "normal", 0.02, dtype, "cpu"), master.to(dtype))
-    exact = stream.fill_box(KEY, shape, whole(shape), "normal", 1.0, torch.float64, "cpu")
+    master = stream.fill_box(KEY, shape, whole(shape), "normal", 0.02, torch.float32, "cpu", backend=backend)
+    assert torch.equal(
+        stream.fill_box(KEY, shape, whole(shape), "normal", 0.02, dtype, "cpu", backend=backend), master.to(dtype)
+    )
+    exact = stream.fill_box(KEY, shape, whole(shape), "normal", 1.0, torch.float64, "cpu", backend=backend)
     assert torch.equal(master, (exact * 0.02).to(torch.float32))
 
 
@@ -244,97 +251,110 @@ def numpy_keep(high: np.ndarray, middle: np.ndarray, low: np.ndarray, last: np.n
 SAMPLES = (0, 7, 2**32 + 7, 2**47 + 1)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_dropout_follows_the_specification(device: str) -> None:
+def test_dropout_follows_the_specification(backend: str, device: str) -> None:
     samples, positions = np.array(SAMPLES), np.array([0, 1, 5, 70_000])
     ours = stream.dropout_keep(
-        KEY, torch.tensor(samples, device=device), torch.tensor(positions, device=device), (3, 29), 0.3
+        KEY, torch.tensor(samples, device=device), torch.tensor(positions, device=device), (3, 29), 0.3, backend=backend
     )
     s, x, f = samples[:, None, None], positions[:, None], np.arange(3, 29)
     assert np.array_equal(ours.cpu().numpy(), numpy_keep(s >> 32, x, s & FULL, f, 0.3))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_attention_follows_the_specification(device: str) -> None:
+def test_attention_follows_the_specification(backend: str, device: str) -> None:
     samples, queries = np.array(SAMPLES), np.array([2, 3, 900])
     ours = stream.attention_keep(
-        KEY, torch.tensor(samples, device=device), (2, 5), torch.tensor(queries, device=device), (1, 20), 0.3
+        KEY,
+        torch.tensor(samples, device=device),
+        (2, 5),
+        torch.tensor(queries, device=device),
+        (1, 20),
+        0.3,
+        backend=backend,
     )
     s, h = samples[:, None, None, None], np.arange(2, 5)[:, None, None]
     expected = numpy_keep(h + ((s >> 32) << 16), queries[:, None], s & FULL, np.arange(1, 20), 0.3)
     assert np.array_equal(ours.cpu().numpy(), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("piece", [None, 4])
-def test_sub_ranges_of_dropout(device: str, piece: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sub_ranges_of_dropout(backend: str, device: str, piece: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = torch.arange(5, device=device) * 3 + 2**33
     positions = torch.arange(13, device=device)
-    everything = stream.dropout_keep(KEY, samples, positions, (0, 45), 0.4)
+    everything = stream.dropout_keep(KEY, samples, positions, (0, 45), 0.4, backend=backend)
     assert everything.shape == (5, 13, 45) and everything.dtype == torch.bool
     if piece is not None:
         monkeypatch.setattr(stream, "_CPU_PIECE", piece)
         monkeypatch.setattr(stream, "_GPU_PIECE", piece)
     for lo, hi in ((0, 45), (8, 24), (3, 5), (7, 9), (13, 45), (44, 45), (5, 5)):
         some = torch.tensor([4, 1], device=device)
-        part = stream.dropout_keep(KEY, samples[some], positions[4:9], (lo, hi), 0.4)
+        part = stream.dropout_keep(KEY, samples[some], positions[4:9], (lo, hi), 0.4, backend=backend)
         assert torch.equal(part, everything[some, 4:9, lo:hi])
     own = torch.stack([positions.flip(0), positions, positions, positions, positions])
-    per_sample = stream.dropout_keep(KEY, samples, own, (2, 30), 0.4)
+    per_sample = stream.dropout_keep(KEY, samples, own, (2, 30), 0.4, backend=backend)
     assert torch.equal(per_sample[0], everything[0, :, 2:30].flip(0))
     assert torch.equal(per_sample[1:], everything[1:, :, 2:30])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("piece", [None, 4])
-def test_sub_ranges_of_attention(device: str, piece: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sub_ranges_of_attention(backend: str, device: str, piece: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, places = torch.arange(3, device=device) + 2**32 - 1, torch.arange(27, device=device)
-    everything = stream.attention_keep(KEY, samples, (0, 6), places, (0, 27), 0.4)
+    everything = stream.attention_keep(KEY, samples, (0, 6), places, (0, 27), 0.4, backend=backend)
     assert everything.shape == (3, 6, 27, 27)
     if piece is not None:
         monkeypatch.setattr(stream, "_CPU_PIECE", piece)
         monkeypatch.setattr(stream, "_GPU_PIECE", piece)
-    part = stream.attention_keep(KEY, samples[1:2], (2, 4), places[5:20], (3, 22), 0.4)
+    part = stream.attention_keep(KEY, samples[1:2], (2, 4), places[5:20], (3, 22), 0.4, backend=backend)
     assert torch.equal(part, everything[1:2, 2:4, 5:20, 3:22])
     for keys in (places, places[4:11], torch.tensor([26, 0, 9, 8, 9], device=device), places[:0]):
-        part = stream.attention_keep(KEY, samples, (5, 6), places[3:], keys, 0.4)
+        part = stream.attention_keep(KEY, samples, (5, 6), places[3:], keys, 0.4, backend=backend)
         assert torch.equal(part, everything[:, 5:6, 3:].index_select(3, keys))
 
 
-def test_masks_are_fixed() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_are_fixed(backend: str) -> None:
     """A change of these changes every run with dropout."""
     sample, position = torch.tensor([3]), torch.tensor([5])
-    kept = stream.dropout_keep((1, 2), sample, position, (0, 32), 0.5).view(-1)
+    kept = stream.dropout_keep((1, 2), sample, position, (0, 32), 0.5, backend=backend).view(-1)
     assert "".join(str(int(bit)) for bit in kept) == DROPOUT_BITS
-    kept = stream.attention_keep((1, 2), sample, (4, 5), position, (0, 32), 0.5).view(-1)
+    kept = stream.attention_keep((1, 2), sample, (4, 5), position, (0, 32), 0.5, backend=backend).view(-1)
     assert "".join(str(int(bit)) for bit in kept) == ATTENTION_BITS
 
 
-def test_masks_are_independent() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_are_independent(backend: str) -> None:
     """The share kept is 1 - p, over the whole and per feature; neighbours, sites and samples do not go together."""
     samples, positions, p = torch.arange(16), torch.arange(64), 0.1
-    keep = stream.dropout_keep(KEY, samples, positions, (0, 512), p).double()
+    keep = stream.dropout_keep(KEY, samples, positions, (0, 512), p, backend=backend).double()
     deviation = (p * (1 - p)) ** 0.5
     assert abs(float(keep.mean()) - (1 - p)) < 5 * deviation * keep.numel() ** -0.5
     assert float((keep.mean(dim=(0, 1)) - (1 - p)).abs().max()) < 5 * deviation * (16 * 64) ** -0.5
     centred = (keep - (1 - p)) / deviation
     limit = 5 * keep.numel() ** -0.5
-    other = stream.dropout_keep((KEY[0] + 1, KEY[1]), samples, positions, (0, 512), p).double()
+    other = stream.dropout_keep((KEY[0] + 1, KEY[1]), samples, positions, (0, 512), p, backend=backend).double()
     assert abs(float((centred * (other - (1 - p)) / deviation).mean())) < limit
     for dim in range(3):
         for distance in (1, 2, 8):
             assert abs(float((centred * centred.roll(distance, dim)).mean())) < limit
 
 
-def test_scale_and_bounds() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_and_bounds(backend: str) -> None:
     assert stream.keep_scale(0.0) == 1.0 and stream.keep_scale(0.5) == 2.0
     assert stream.keep_scale(0.1) == 65536 / (65536 - 6554)
     samples, positions = torch.arange(4), torch.arange(64)
-    assert stream.dropout_keep(KEY, samples, positions, (0, 64), 0.0).all()
-    rare = stream.dropout_keep(KEY, samples, positions, (0, 64), 1 - 2**-16)
+    assert stream.dropout_keep(KEY, samples, positions, (0, 64), 0.0, backend=backend).all()
+    rare = stream.dropout_keep(KEY, samples, positions, (0, 64), 1 - 2**-16, backend=backend)
     assert rare.sum() < 8
     for p in (1.0, 1.5, -0.1, 0.999999):
         with pytest.raises(KernelError, match="dropout probability"):
             stream.keep_scale(p)
         with pytest.raises(KernelError, match="dropout probability"):
-            stream.dropout_keep(KEY, samples, positions, (0, 64), p)
+            stream.dropout_keep(KEY, samples, positions, (0, 64), p, backend=backend)

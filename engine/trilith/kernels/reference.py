@@ -61,14 +61,24 @@ def gelu(x: Tensor, kind: str) -> Tensor:
     raise KernelError(f"gelu: kind = {kind!r}: must be 'gelu' or 'gelu_tanh'")
 
 
+def bias_gelu(x: Tensor, bias: Tensor, kind: str) -> Tensor:
+    """`gelu` of x + bias."""
+    return gelu(widened(x) + widened(bias), kind).to(x.dtype)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate sigmoid(gate) up (Shazeer 2020)."""
     wide = widened(gate)
     return (wide * torch.sigmoid(wide) * widened(up)).to(gate.dtype)
 
 
+def geglu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """gelu(gate) up (Shazeer 2020)."""
+    return (gelu(widened(gate), kind) * widened(up)).to(gate.dtype)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2), as in Llama, of x (B, S, N, D) by angles of cos, sin (S, D/2) (Su et al. 2021)."""
+    """Rotate pairs (i, i + D/2), as in Llama, of x (B, S, N, D) by angles of cos, sin (S or B, S, D/2) (Su et al. 2021)."""
     first, second = widened(x).chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -89,7 +99,7 @@ def dropout(
     feature_range: tuple[int, int],
 ) -> Tensor:
     """Dropout of x (B, S, F) whose features are `feature_range` of the whole; mask of `stream.dropout_keep`."""
-    return dropped(x, dropout_keep(key, sample_ids, positions, feature_range, p), p)
+    return dropped(x, dropout_keep(key, sample_ids, positions, feature_range, p, "torch"), p)
 
 
 def expand_heads(x: Tensor, kv_index: Sequence[int]) -> Tensor:
@@ -129,7 +139,7 @@ def attention(
     if dropout_p > 0.0:
         assert sample_ids is not None, "attention dropout needs the sample ids"
         positions = torch.arange(length, device=q.device)
-        keep = attention_keep(key, sample_ids, head_range, positions, (0, num_keys), dropout_p)
+        keep = attention_keep(key, sample_ids, head_range, positions, (0, num_keys), dropout_p, "torch")
         weights = dropped(weights, keep, dropout_p)
     return (weights @ values).transpose(1, 2).to(q.dtype)
 

@@ -44,8 +44,10 @@ and a kept one is multiplied by 65536 / (65536 - T), so that the expectation is 
 bits. The small, slow indices stand in the first three words because then the first three rounds work on small
 tensors.
 
-The torch implementation holds 32-bit words in int64, works through bounded pieces and keeps no state. It reads halves
-and words of an int64 through views, so it needs a little-endian machine (as every device torch supports is).
+On CPUs the native library (csrc/common/philox.h, csrc/cpu/random.cpp) makes the numbers where it was built. The torch
+implementation, for everything else (`backend="torch"` asks for it), holds 32-bit words in int64, works through bounded
+pieces and keeps no state. It reads halves and words of an int64 through views, so it needs a little-endian machine (as
+every device torch supports is).
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ import torch
 from torch import Tensor
 
 from trilith.errors import KernelError
+from trilith.kernels.library import CPU, DTYPES, MISSING, is_traced
 from trilith.sharding import Box, contiguous_strides
 
 Key = tuple[int, int]
@@ -81,6 +84,18 @@ _HALF_RANGE = 1 << 16
 # Philox calls at once: on a CPU the temporaries of one piece stay in the cache; a GPU wants long launches.
 _CPU_PIECE = 1 << 15
 _GPU_PIECE = 1 << 21
+
+
+def _is_native(backend: str, *tensors: Tensor) -> bool:
+    """Whether the native library makes what belongs to these tensors."""
+    if backend not in ("auto", "fused"):
+        return False
+    if CPU is not None and not any(x.device.type != "cpu" or is_traced(x) for x in tensors):
+        return True
+    if backend == "fused":
+        devices = sorted({str(x.device) for x in tensors})
+        raise KernelError(f"random stream: backend 'fused': {MISSING or f'tensors on {devices}: must be on the CPU'}")
+    return False
 
 
 def _piece(device: torch.device) -> int:
@@ -231,6 +246,7 @@ def fill_box(
     std: float,
     out_dtype: torch.dtype,
     device: torch.device | str,
+    backend: str = "auto",
 ) -> Tensor:
     """Initial values of the elements `box` of a canonical tensor of `shape`, in `out_dtype`, shaped like the box.
 
@@ -248,6 +264,9 @@ def fill_box(
     dims, joined = _merged(tuple(shape), box)
     run = joined.shape[-1]
     table = out.view(-1, run)
+    if out_dtype in DTYPES and _is_native(backend, out):
+        _fill_native(key, table, dims, joined, std)
+        return out
     aligned = len(table) == 1 or all(stride % 4 == 0 for stride in contiguous_strides(dims)[:-1])
     # A call makes four elements, but thin rows use only one of them.
     for rows, lo, hi in _pieces(len(table), run, _piece(device) * (4 if run >= 8 else 1)):
@@ -260,27 +279,46 @@ def fill_box(
     return out
 
 
+def _fill_native(key: Key, table: Tensor, dims: tuple[int, ...], box: Box, std: float) -> None:
+    """`fill_box` of the joined box into its rows."""
+    leading = torch.tensor([box.shape[:-1], contiguous_strides(dims)[:-1]], dtype=torch.int64)
+    first = sum(start * stride for start, stride in zip(box.start, contiguous_strides(dims), strict=True))
+    extents, strides = leading
+    CPU.fill_normal(
+        DTYPES[table.dtype],
+        table.data_ptr(),
+        *table.shape,
+        first,
+        extents.data_ptr(),
+        strides.data_ptr(),
+        len(dims) - 1,
+        *key,
+        std,
+        torch.get_num_threads(),
+    )
+
+
 # --- dropout ------------------------------------------------------------------------------------------------------
 
 
-def _threshold(p: float) -> int:
+def threshold(p: float) -> int:
     """Half-words below this are dropped."""
-    threshold = round(p * _HALF_RANGE)
-    if not 0 <= threshold < _HALF_RANGE:
+    bound = round(p * _HALF_RANGE)
+    if not 0 <= bound < _HALF_RANGE:
         raise KernelError(f"dropout probability = {p!r}: must be at least 0 and below 1")
-    return threshold
+    return bound
 
 
 def keep_scale(p: float) -> float:
     """What a kept element is multiplied by: the inverse of the exact probability of being kept."""
-    return _HALF_RANGE / (_HALF_RANGE - _threshold(p))
+    return _HALF_RANGE / (_HALF_RANGE - threshold(p))
 
 
 def _decide(high: Tensor, middle: Tensor, low: Tensor, blocks: Tensor, key: Key, p: float) -> Tensor:
     """Decisions of counters (high (R,), middle (1 or R, X), low (R,), blocks (Y,)); bool (R, X, 8 * Y)."""
     rows, columns, width = len(high), middle.shape[1], len(blocks)
     keep = torch.empty((rows, columns, width * _DECISIONS), dtype=torch.bool, device=high.device)
-    bound = _threshold(p) - _HALF_RANGE // 2
+    bound = threshold(p) - _HALF_RANGE // 2
     for some, lo, hi in _pieces(rows, max(columns, 1), max(1, _piece(high.device) // max(width, 1))):
         part = slice(some.start, some.stop)
         counter = (
@@ -302,13 +340,48 @@ def _block_range(lo: int, hi: int, device: torch.device) -> tuple[Tensor, slice]
     return blocks, slice(lo - first * _DECISIONS, hi - first * _DECISIONS)
 
 
-def dropout_keep(key: Key, sample_ids: Tensor, positions: Tensor, feature_range: tuple[int, int], p: float) -> Tensor:
+def check_places(sample_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Both, contiguous, and the distance between two samples' positions; KernelError where they are not as documented."""
+    if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
+        raise KernelError(f"dropout: sample_ids {tuple(sample_ids.shape)} {sample_ids.dtype}: must be (B,) int64")
+    wanted = (len(sample_ids), positions.shape[-1]) if positions.dim() == 2 else positions.shape[-1:]
+    if positions.dtype != torch.int64 or positions.shape != wanted or positions.dim() == 0:
+        raise KernelError(
+            f"dropout: positions {tuple(positions.shape)} {positions.dtype}: must be (S,) or (B, S) int64"
+        )
+    return sample_ids.contiguous(), positions.contiguous(), positions.shape[-1] if positions.dim() == 2 else 0
+
+
+def dropout_keep(
+    key: Key,
+    sample_ids: Tensor,
+    positions: Tensor,
+    feature_range: tuple[int, int],
+    p: float,
+    backend: str = "auto",
+) -> Tensor:
     """Which elements dropout keeps: bool (B, S, hi - lo), for features lo <= f < hi = `feature_range`.
 
     `sample_ids` (B,) int64 are consumed-sample indices, `positions` (S,) or (B, S) int64 positions in the sequence, all
     global: any sub-range gives the slice of the whole. Raises KernelError where not 0 <= p < 1.
     """
-    blocks, where = _block_range(*feature_range, sample_ids.device)
+    lo, hi = feature_range
+    if _is_native(backend, sample_ids, positions):
+        sample_ids, positions, stride = check_places(sample_ids, positions)
+        keep = torch.empty((len(sample_ids), positions.shape[-1], hi - lo), dtype=torch.bool)
+        CPU.dropout_keep(
+            keep.data_ptr(),
+            sample_ids.data_ptr(),
+            positions.data_ptr(),
+            stride,
+            *keep.shape,
+            lo,
+            *key,
+            threshold(p),
+            torch.get_num_threads(),
+        )
+        return keep
+    blocks, where = _block_range(lo, hi, sample_ids.device)
     middle = positions if positions.dim() == 2 else positions[None]
     return _decide(sample_ids >> 32, middle, sample_ids & _MASK, blocks, key, p)[..., where]
 
@@ -320,12 +393,15 @@ def attention_keep(
     queries: Tensor,
     keys: Tensor | tuple[int, int],
     p: float,
+    backend: str = "auto",
 ) -> Tensor:
     """Which attention probabilities dropout keeps: bool (B, N, Q, Y) for query heads lo <= h < hi = `head_range`.
 
     `queries` (Q,) int64 are global positions; `keys` too (Y,), or a range (lo, hi) of them, which is cheaper.
     Sub-ranges give the slice of the whole. Raises KernelError where not 0 <= p < 1.
     """
+    if isinstance(keys, tuple) and _is_native(backend, sample_ids, queries):
+        return _attention_keep_native(key, sample_ids, head_range, queries, keys, p)
     heads = torch.arange(*head_range, device=sample_ids.device)
     high = ((sample_ids >> 32)[:, None] * _HALF_RANGE + heads).reshape(-1)
     low = (sample_ids & _MASK)[:, None].expand(-1, len(heads)).reshape(-1)
@@ -337,3 +413,25 @@ def attention_keep(
         keep = _decide(high, queries[None], low, blocks, key, p)
         keep = keep.index_select(2, place * _DECISIONS + keys % _DECISIONS)
     return keep.unflatten(0, (len(sample_ids), len(heads)))
+
+
+def _attention_keep_native(
+    key: Key, sample_ids: Tensor, head_range: tuple[int, int], queries: Tensor, keys: tuple[int, int], p: float
+) -> Tensor:
+    sample_ids, queries, stride = check_places(sample_ids, queries)
+    if stride:
+        raise KernelError(f"attention_keep: queries {tuple(queries.shape)}: must be (Q,)")
+    shape = (len(sample_ids), head_range[1] - head_range[0], len(queries), keys[1] - keys[0])
+    keep = torch.empty(shape, dtype=torch.bool)
+    CPU.attention_keep(
+        keep.data_ptr(),
+        sample_ids.data_ptr(),
+        queries.data_ptr(),
+        *shape,
+        head_range[0],
+        keys[0],
+        *key,
+        threshold(p),
+        torch.get_num_threads(),
+    )
+    return keep

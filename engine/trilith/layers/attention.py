@@ -56,6 +56,7 @@ class Attention(nn.Module):
         self.recompute = recompute
         queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
         self.widths = (queries, keys, keys)
+        self.rotary_backend = placement.backends.rotary
         self.qkv = ColumnParallelLinear(hidden_size, sum(self.widths), bias, placement)
         self.output = RowParallelLinear(queries, hidden_size, bias, placement)
 
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         parts = self.qkv(x).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.heads.head_dim)) for part in parts)
         if rotary is not None:
-            q, k = ops.rotary(q, *rotary), ops.rotary(k, *rotary)
+            q, k = (ops.rotary(heads, *rotary, self.rotary_backend) for heads in (q, k))
         mixed = recomputed(self._mix, q, k, v, sample_ids) if self.recompute else self._mix(q, k, v, sample_ids)
         return self.output(mixed.flatten(2))
 

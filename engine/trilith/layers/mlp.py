@@ -15,12 +15,13 @@ class MLP(nn.Module):
     def __init__(self, hidden_size: int, ffn_features: int, activation: str, bias: bool, placement: Placement) -> None:
         super().__init__()
         self.activation = activation
+        self.backend = placement.backends.activation
         self.up = ColumnParallelLinear(hidden_size, ffn_features, bias, placement)
         self.down = RowParallelLinear(ffn_features, hidden_size, bias, placement)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S/t or S, H) to the same shape. All ranks of the group must call it."""
-        return self.down(ops.gelu(self.up(x), self.activation))
+        return self.down(ops.gelu(self.up(x), self.activation, self.backend))
 
 
 class GatedMLP(nn.Module):
@@ -28,10 +29,10 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_features: int, bias: bool, placement: Placement) -> None:
         super().__init__()
+        self.backend = placement.backends.activation
         self.gate_up = ColumnParallelLinear(hidden_size, 2 * ffn_features, bias, placement)
         self.down = RowParallelLinear(ffn_features, hidden_size, bias, placement)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S/t or S, H) to the same shape. All ranks of the group must call it."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(ops.swiglu(gate, up))
+        return self.down(ops.swiglu_packed(self.gate_up(x), self.backend))

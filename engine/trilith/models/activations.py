@@ -60,10 +60,15 @@ def stage_activations(model: ModelConfig, units: Iterable[str], setting: Activat
     names, total = tuple(units), ActivationBytes(0, 0)
     for name in names:
         total += unit_activations(model, name, setting)
-    has_layers = any(name not in (EMBEDDING, HEAD) for name in names)
-    if has_layers and model.family == "llama" and setting.recompute != "full":
-        total += ActivationBytes(model.sequence_length * head_dim(model) * setting.wide_bytes, 0)  # cos and sin, once
-    return total
+    keeps_layers = setting.recompute != "full" and any(name not in (EMBEDDING, HEAD) for name in names)
+    shared = 0  # what layers keep together
+    if keeps_layers and model.family == "llama":
+        shared += model.sequence_length * head_dim(model) * setting.wide_bytes  # cos and sin
+    if model.dropout > 0.0 and "dropout" in setting.fused and (keeps_layers or EMBEDDING in names):
+        shared += INT64_BYTES * setting.batch_size  # sample ids
+        if EMBEDDING not in names or model.family == "llama":  # learned positions are counted there
+            shared += INT64_BYTES * model.sequence_length
+    return total + ActivationBytes(shared, 0)
 
 
 def unit_activations(model: ModelConfig, unit: str, setting: ActivationSetting) -> ActivationBytes:
@@ -109,8 +114,8 @@ def _embedding(model: ModelConfig, setting: ActivationSetting) -> int:
 
 
 def _dropout_mask(model: ModelConfig, setting: ActivationSetting) -> int:
-    """The mask of one dropout in the residual stream."""
-    if model.dropout == 0.0:
+    """The mask of one dropout in the residual stream; the native op makes it again."""
+    if model.dropout == 0.0 or "dropout" in setting.fused:
         return 0
     return _region_tokens(model, setting) * model.hidden_size * BOOL_BYTES
 
@@ -151,7 +156,8 @@ def _layer(model: ModelConfig, setting: ActivationSetting) -> ActivationBytes:
     hidden = tokens * model.hidden_size * element  # a linear's whole-features input or output gradient
     inner = tokens * width * element
     norms = 2 * (region * _norm(model, setting) + hidden)
-    mlp = (4 if gated else 2) * inner  # gate, up, silu(gate), their product; or before and after the GELU
+    # Gate, up, silu(gate), which the native op makes again, and the product; or before and after the GELU.
+    mlp = (2 if not gated else 3 if "activation" in setting.fused else 4) * inner
     masks = 2 * _dropout_mask(model, setting)
     forward = norms + mlp + masks + max(_attention(model, setting, heads) for heads in shards)
     projected = tokens * element * head_dim(model)

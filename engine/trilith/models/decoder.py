@@ -32,7 +32,8 @@ class StageSettings:
 
     def dropout(self, site: str) -> Dropout:
         """Dropout of the residual stream at `site`, a canonical name such as `layers.3.mlp`."""
-        return Dropout(self.model.dropout, stream_key(self.seed, "dropout", site))
+        key = stream_key(self.seed, "dropout", site)
+        return Dropout(self.model.dropout, key, self.placement.backends.dropout)
 
     def attention(self, unit: str) -> Attention:
         """The attention of the block `unit`."""

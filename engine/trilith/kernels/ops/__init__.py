@@ -5,7 +5,7 @@ a fused kernel, `reference`), its meaning, which `kernels/reference.py` states, 
 an op goes into that op's file here and is held to the same tests.
 """
 
-from trilith.kernels.ops.activation import gelu, swiglu
+from trilith.kernels.ops.activation import bias_gelu, geglu, geglu_packed, gelu, swiglu, swiglu_packed
 from trilith.kernels.ops.attention import attention
 from trilith.kernels.ops.cross_entropy import (
     cross_entropy_gradient,
@@ -14,7 +14,7 @@ from trilith.kernels.ops.cross_entropy import (
     token_loss_gradient,
     token_losses,
 )
-from trilith.kernels.ops.dropout import dropout
+from trilith.kernels.ops.dropout import dropout, dropout_add
 from trilith.kernels.ops.linear import linear
 from trilith.kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from trilith.kernels.ops.rotary import rotary
@@ -23,9 +23,13 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "bias_gelu",
     "cross_entropy_gradient",
     "cross_entropy_terms",
     "dropout",
+    "dropout_add",
+    "geglu",
+    "geglu_packed",
     "gelu",
     "layer_norm",
     "linear",
@@ -33,6 +37,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
+    "swiglu_packed",
     "token_loss_gradient",
     "token_losses",
 ]

@@ -8,11 +8,92 @@ import torch
 from torch import Tensor
 
 from trilith.errors import KernelError
+from trilith.kernels import library, reference
+from trilith.kernels.library import CPU, DTYPES
+from trilith.kernels.ops.library_form import define, differentiate
 from trilith.kernels.reference import widened
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Tensor:
+    """Rotate the pairs (i, i + D/2) of x (B, S, N, D); same shape and dtype.
+
+    `cos` and `sin` (S, D/2), or (B, S, D/2), are fp32, or fp64 for fp64 activations; no gradient flows to them. Raises
+    KernelError where the tables do not fit x.
+    """
+    if 2 * cos.shape[-1] != x.shape[-1]:
+        raise KernelError(
+            f"rotary: head dim {x.shape[-1]} with tables of {cos.shape[-1]} angles: must be twice as many"
+        )
+    if backend == "reference":
+        return reference.rotary(x, cos, sin)
+    if _is_native(x, cos, sin, backend):
+        return rotary_op(x, cos, sin, False) if library.is_traced(x) else _Rotary.apply(x, cos, sin, False)
+    return _TorchRotary.apply(x, cos, sin)
+
+
+def _is_native(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> bool:
+    if backend == "torch":
+        return False
+    wide = reference.accumulation_dtype(x.dtype)
+    if not library.serves(x) or cos.device != x.device or sin.device != x.device or not cos.dtype == sin.dtype == wide:
+        if backend == "fused":
+            reason = library.why_not(x) if not library.serves(x) else f"tables are {cos.dtype}: must be {wide}"
+            raise KernelError(f"rotary: backend 'fused': {reason}")
+        return False
+    if (
+        x.dim() != 4
+        or cos.shape != sin.shape
+        or cos.shape not in (x.shape[1:2] + cos.shape[-1:], x.shape[:2] + cos.shape[-1:])
+    ):
+        raise KernelError(
+            f"rotary: x {tuple(x.shape)} with cos {tuple(cos.shape)} and sin {tuple(sin.shape)}: must be (B, S, N, D) "
+            "and (S, D/2) or (B, S, D/2)"
+        )
+    return True
+
+
+# --- what runs ----------------------------------------------------------------------------------------------------------
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """x turned by the angles, or back. x may have any strides but within a head."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    CPU.rotary(
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        y.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        *x.shape[:3],
+        x.shape[3] // 2,
+        *x.stride()[:3],
+        *y.stride()[:3],
+        x.shape[1] * cos.shape[-1] if cos.dim() == 3 else 0,
+        inverse,
+        torch.get_num_threads(),
+    )
+    return y
 
 
 class _Rotary(torch.autograd.Function):
     """A rotation: its backward is the rotation back, so nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.inverse = inverse
+        return _turn(x, cos, sin, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        turn = _Rotary.apply if torch.is_grad_enabled() else _turn  # the former where a graph of the gradient is wanted
+        return turn(gradients[0], *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+class _TorchRotary(torch.autograd.Function):
+    """The same of torch's ops."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -28,17 +109,23 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _Rotary.apply(gradients[0], cos, -sin), None, None
+        return _TorchRotary.apply(gradients[0], cos, -sin), None, None
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x (B, S, N, D); same shape and dtype.
+# --- the library's form -------------------------------------------------------------------------------------------------
 
-    `cos` and `sin` (S, D/2) are fp32, or fp64 for fp64 activations; no gradient flows to them. Raises KernelError
-    where the tables do not fit the head dim.
-    """
-    if 2 * cos.shape[-1] != x.shape[-1]:
-        raise KernelError(
-            f"rotary: head dim {x.shape[-1]} with tables of {cos.shape[-1]} angles: must be twice as many"
-        )
-    return _Rotary.apply(x, cos, sin)
+rotary_op = define(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    _turn,
+    lambda x, cos, sin, inverse: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+differentiate(
+    "rotary", _remember, lambda ctx, dy: (rotary_op(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None)
+)

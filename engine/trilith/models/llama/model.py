@@ -45,7 +45,7 @@ class Block(nn.Module):
         samples, positions = stage_input.batch.sample_ids, stage_input.region_positions
         attended = self.attention(self.attention_norm(hidden), samples, stage_input.rotary)
         hidden, normed = self.mlp_norm.add(self.attention_dropout(attended, samples, positions), hidden)
-        return hidden + self.mlp_dropout(self.mlp(normed), samples, positions)
+        return self.mlp_dropout.add(self.mlp(normed), hidden, samples, positions)
 
 
 def head(settings: StageSettings) -> Head:

@@ -1,0 +1,221 @@
+// GELU (Hendrycks and Gimpel 2016), exact and by its tanh form, with the bias before it; SwiGLU and GeGLU (Shazeer 2020).
+//
+// One pass each: forward moves one tensor in (a gated unit two) and one out, backward two in and one out (three and two).
+// Only inputs are kept; backward computes the function again, which costs less than reading it. Gate and up may be the two
+// halves of one product, and so may their gradients. Large results are written past the caches.
+#include <cstdlib>
+#include <memory>
+
+#include "common/math.h"
+#include "common/parallel.h"
+#include "cpu/kernels.h"
+
+namespace trilith::TRILITH_ISA {
+
+namespace {
+
+constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on are not kept in the caches
+constexpr int64_t kGrain = 1024;            // pieces of flat tensors begin at multiples, which keeps them aligned
+constexpr int64_t kComputeBytes = 4;        // a byte takes as long as so many that are only moved
+constexpr int64_t kMaxParts = 16, kMinRowsPerPart = 16;
+
+enum Kind { kGelu = 0, kGeluTanh = 1, kSilu = 2 };
+
+template <class V>
+struct ValueAndSlope {
+    V value, slope;
+};
+
+template <int kind, class V>
+inline ValueAndSlope<V> evaluate(V x) {
+    using A = std::remove_reference_t<decltype(x[0])>;
+    if constexpr (kind == kGelu) {
+        Normal<V> at = normal(x);
+        return {x * at.cumulative, at.cumulative + x * at.density};
+    } else if constexpr (kind == kGeluTanh) {
+        // (1 + tanh(u)) / 2 = sigmoid(2u) with 2u = a x + b x^3.
+        constexpr A a = A(1.5957691216057308), b = a * A(0.044715);
+        constexpr A c = a * kSigmoidFactor<A>, d = b * kSigmoidFactor<A>;
+        V square = x * x, s = sigmoid(x, c + d * square, A(10));
+        return {x * s, s + x * s * (1 - s) * (a + 3 * b * square)};
+    } else {
+        V s = sigmoid(x, fill(kSigmoidFactor<A>), A(87));
+        return {x * s, s + x * s * (1 - s)};
+    }
+}
+
+template <class F>
+void with_kind(int kind, F&& f) {
+    switch (kind) {
+        case kGelu: f(std::integral_constant<int, kGelu>()); break;
+        case kGeluTanh: f(std::integral_constant<int, kGeluTanh>()); break;
+        default: f(std::integral_constant<int, kSilu>()); break;
+    }
+}
+
+// f(put) with a `put(address, register, lanes)` that writes past the caches or not.
+template <class T, class F>
+inline void with_store(bool streamed, F&& f) {
+    using V = Vec<wide_t<T>>;
+    if (streamed) {
+        f([](T* p, V v, int64_t) { stream(p, v); });
+        stream_fence();
+    } else {
+        f([](T* p, V v, int64_t lanes) { store_some(p, v, lanes); });
+    }
+}
+
+template <class T>
+bool is_streamed(const T* result, int64_t elements, int64_t stride) {
+    return elements * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && streams(result, stride);
+}
+
+template <class T, int kind>
+void forward(const T* x, const T* bias, T* y, int64_t rows, int64_t width, int threads) {
+    using A = wide_t<T>;
+    const int64_t total = rows * width;
+    const int used = useful_threads(threads, kComputeBytes * total * static_cast<int64_t>(sizeof(T)));
+    const bool streamed = is_streamed(y, total, bias ? width : total);
+    if (!bias) {
+        for_each_piece(total, used, kGrain, [&](int64_t begin, int64_t end) {
+            with_store<T>(streamed, [&](auto&& put) {
+                each_register<A>(end - begin, [&](int64_t i, int64_t lanes) {
+                    put(y + begin + i, evaluate<kind>(load_some(x + begin + i, lanes)).value, lanes);
+                });
+            });
+        });
+        return;
+    }
+    for_each_piece(rows, used, 1, [&](int64_t begin, int64_t end) {
+        with_store<T>(streamed, [&](auto&& put) {
+            for (int64_t row = begin; row < end; ++row)
+                each_register<A>(width, [&](int64_t i, int64_t lanes) {
+                    Vec<A> v = load_some(x + row * width + i, lanes) + load_some(bias + i, lanes);
+                    put(y + row * width + i, evaluate<kind>(v).value, lanes);
+                });
+        });
+    });
+}
+
+template <class T, int kind>
+void backward(const T* dy, const T* x, T* dx, int64_t total, int threads) {
+    using A = wide_t<T>;
+    const int used = useful_threads(threads, kComputeBytes * total * static_cast<int64_t>(sizeof(T)));
+    const bool streamed = is_streamed(dx, total, total);
+    for_each_piece(total, used, kGrain, [&](int64_t begin, int64_t end) {
+        with_store<T>(streamed, [&](auto&& put) {
+            each_register<A>(end - begin, [&](int64_t i, int64_t lanes) {
+                Vec<A> slope = evaluate<kind>(load_some(x + begin + i, lanes)).slope;
+                put(dx + begin + i, load_some(dy + begin + i, lanes) * slope, lanes);
+            });
+        });
+    });
+}
+
+template <class T, int kind>
+void bias_backward(const T* dy, const T* x, const T* bias, T* dx, T* dbias, int64_t rows, int64_t width, int threads) {
+    using A = wide_t<T>;
+    const int used = useful_threads(threads, kComputeBytes * rows * width * static_cast<int64_t>(sizeof(T)));
+    const bool streamed = is_streamed(dx, rows * width, width);
+    const int64_t parts = std::clamp<int64_t>(rows / kMinRowsPerPart, 1, kMaxParts);
+    std::unique_ptr<A, void (*)(void*)> partial((A*)std::calloc(parts * width, sizeof(A)), std::free);
+    for_each_part(parts, used, [&](int64_t part) {
+        A* sums = partial.get() + part * width;
+        const Range range = part_of(rows, parts, part);
+        with_store<T>(streamed, [&](auto&& put) {
+            for (int64_t row = range.begin; row < range.end; ++row)
+                each_register<A>(width, [&](int64_t i, int64_t lanes) {
+                    const int64_t at = row * width + i;
+                    Vec<A> slope = evaluate<kind>(load_some(x + at, lanes) + load_some(bias + i, lanes)).slope;
+                    Vec<A> gradient = load_some(dy + at, lanes) * slope;
+                    put(dx + at, gradient, lanes);
+                    store_some(sums + i, load_some(sums + i, lanes) + gradient, lanes);
+                });
+        });
+    });
+    each_register<A>(width, [&](int64_t i, int64_t lanes) {
+        Vec<A> total{};
+        for (int64_t part = 0; part < parts; ++part) total += load_some(partial.get() + part * width + i, lanes);
+        store_some(dbias + i, total, lanes);
+    });
+}
+
+}  // namespace
+
+void activation_forward(int dtype, int kind, Address x, Address bias, Address y, int64_t rows, int64_t width,
+                        int threads) {
+    with_dtype(static_cast<DType>(dtype), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        with_kind(kind, [&](auto k) {
+            forward<T, decltype(k)::value>((const T*)x, (const T*)bias, (T*)y, rows, width, threads);
+        });
+    });
+}
+
+void activation_backward(int dtype, int kind, Address dy, Address x, Address bias, Address dx, Address dbias,
+                         int64_t rows, int64_t width, int threads) {
+    with_dtype(static_cast<DType>(dtype), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        with_kind(kind, [&](auto k) {
+            constexpr int which = decltype(k)::value;
+            if (bias)
+                bias_backward<T, which>((const T*)dy, (const T*)x, (const T*)bias, (T*)dx, (T*)dbias, rows, width, threads);
+            else
+                backward<T, which>((const T*)dy, (const T*)x, (T*)dx, rows * width, threads);
+        });
+    });
+}
+
+void glu_forward(int dtype, int kind, Address gate, Address up, Address y, int64_t rows, int64_t width,
+                 int64_t gate_stride, int64_t up_stride, int threads) {
+    with_dtype(static_cast<DType>(dtype), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        using A = wide_t<T>;
+        const int64_t bytes = rows * width * static_cast<int64_t>(sizeof(T));
+        const bool streamed = is_streamed((const T*)y, rows * width, width);
+        with_kind(kind, [&](auto k) {
+            for_each_piece(rows, useful_threads(threads, kComputeBytes * bytes), 1, [&](int64_t begin, int64_t end) {
+                with_store<T>(streamed, [&](auto&& put) {
+                    for (int64_t row = begin; row < end; ++row) {
+                        const T *g = (const T*)gate + row * gate_stride, *u = (const T*)up + row * up_stride;
+                        T* to = (T*)y + row * width;
+                        each_register<A>(width, [&](int64_t i, int64_t lanes) {
+                            Vec<A> value = evaluate<decltype(k)::value>(load_some(g + i, lanes)).value;
+                            put(to + i, value * load_some(u + i, lanes), lanes);
+                        });
+                    }
+                });
+            });
+        });
+    });
+}
+
+void glu_backward(int dtype, int kind, Address dy, Address gate, Address up, Address dgate, Address dup, int64_t rows,
+                  int64_t width, int64_t gate_stride, int64_t up_stride, int64_t gradient_stride, int threads) {
+    with_dtype(static_cast<DType>(dtype), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        using A = wide_t<T>;
+        const int64_t bytes = rows * width * static_cast<int64_t>(sizeof(T));
+        const bool streamed = is_streamed((const T*)dgate, 2 * rows * width, gradient_stride) &&
+                              streams((const T*)dup, gradient_stride) && streams((const T*)dup, width);
+        with_kind(kind, [&](auto k) {
+            for_each_piece(rows, useful_threads(threads, kComputeBytes * bytes), 1, [&](int64_t begin, int64_t end) {
+                with_store<T>(streamed, [&](auto&& put) {
+                    for (int64_t row = begin; row < end; ++row) {
+                        const T *g = (const T*)gate + row * gate_stride, *u = (const T*)up + row * up_stride;
+                        const T* d = (const T*)dy + row * width;
+                        T *dg = (T*)dgate + row * gradient_stride, *du = (T*)dup + row * gradient_stride;
+                        each_register<A>(width, [&](int64_t i, int64_t lanes) {
+                            auto at = evaluate<decltype(k)::value>(load_some(g + i, lanes));
+                            Vec<A> given = load_some(d + i, lanes);
+                            put(dg + i, given * load_some(u + i, lanes) * at.slope, lanes);
+                            put(du + i, given * at.value, lanes);
+                        });
+                    }
+                });
+            });
+        });
+    });
+}
+
+}  // namespace trilith::TRILITH_ISA
