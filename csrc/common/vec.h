@@ -286,6 +286,19 @@ inline vd round_even(vd a) {
 }
 #endif
 
+// One number's a * b + c as fma() computes it in a register.
+template <class A>
+inline A fused(A a, A b, A c) {
+#if defined(__FMA__) || defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4)
+        return __builtin_fmaf(a, b, c);
+    else
+        return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // Sum and maximum of all lanes, always as one tree over halves.
 template <class V, class F>
 inline auto fold(V v, F&& join) {

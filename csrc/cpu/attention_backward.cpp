@@ -46,6 +46,17 @@ void differentiate(A* scores, A* gradients, const int_t<A>* keys, Visit columns,
     }
 }
 
+// Inner products of rows, each summed in the order in which product_tile sums the weights' gradients: where a query sees one key,
+// both are the same number.
+template <class A>
+void inner_products(const A* x, const A* y, int64_t rows, int64_t features, int64_t stride, A* out) {
+    A sums[kChunkRows] = {};
+    for (int64_t f = 0; f < features; ++f)
+        for (int64_t i = 0; i < kChunkRows; ++i)
+            if (i < rows) sums[i] = fused(x[i * stride + f], y[i * stride + f], sums[i]);
+    std::copy(sums, sums + rows, out);
+}
+
 template <class T>
 void backward_part(const Backward<T>& op, int64_t batch, int64_t head) {
     using A = wide_t<T>;
@@ -60,6 +71,10 @@ void backward_part(const Backward<T>& op, int64_t batch, int64_t head) {
     pack_transposed(k.get(), op.num_keys, op.features, stride, k_transposed.get());
     pack_transposed(v.get(), op.num_keys, op.features, stride, v_transposed.get());
     Memory<A> q = allocate<A>(kQueries * stride), dout = allocate<A>(kQueries * stride), dq = allocate<A>(kQueries * stride);
+    Memory<A> out = allocate<A>(kQueries * stride);
+    auto like_out = [&](const T* base) {
+        return Heads<const T>{base, op.num_queries * op.num_heads * op.features, op.num_heads * op.features, op.features};
+    };
     Memory<A> weights = allocate<A>(kQueries * kKeys), gradients = allocate<A>(kQueries * kKeys);
     // The last tile may reach behind the last key: products go to a copy with room for it.
     Memory<A> dk = allocate<A>(padded * stride), dv = allocate<A>(padded * stride);
@@ -71,10 +86,9 @@ void backward_part(const Backward<T>& op, int64_t batch, int64_t head) {
     for (int64_t start = 0; start < op.num_queries; start += kQueries) {
         const int64_t count = std::min(kQueries, op.num_queries - start);
         const Range range{start, start + count};
-        const Heads<const T> rows_of_out{op.dout, op.num_queries * op.num_heads * op.features, op.num_heads * op.features,
-                                         op.features};
         pack_rows(op.q, batch, head, range, op.features, stride, op.scale, q.get());
-        pack_rows(rows_of_out, batch, head, range, op.features, stride, A(1), dout.get());
+        pack_rows(like_out(op.dout), batch, head, range, op.features, stride, A(1), dout.get());
+        pack_rows(like_out(op.out), batch, head, range, op.features, stride, A(1), out.get());
         std::fill(dq.get(), dq.get() + count * stride, A(0));
         I position[kQueries], first[kQueries], last[kQueries];
         A lse[kQueries], delta[kQueries];
@@ -83,13 +97,10 @@ void backward_part(const Backward<T>& op, int64_t batch, int64_t head) {
             first[i] = op.rule.sees.first(position[i]);
             last[i] = op.rule.sees.last(batch, position[i]);
             lse[i] = op.lse[(batch * op.num_heads + head) * op.num_queries + start + i];
-            const T* out = op.out + ((batch * op.num_queries + start + i) * op.num_heads + head) * op.features;
-            Vec<A> total{};
-            each_register<A>(op.features, [&](int64_t f, int64_t lanes) {
-                total = fma(load_some(out + f, lanes), load(dout.get() + i * stride + f), total);
-            });
-            delta[i] = sum(total);
         }
+        for (int64_t i = 0; i < count; i += kChunkRows)
+            inner_products(dout.get() + i * stride, out.get() + i * stride, std::min<int64_t>(kChunkRows, count - i), op.features,
+                           stride, delta + i);
         for (int64_t tile = 0; tile < padded / kKeys; ++tile) {
             const I* tile_keys = keys.position.get() + tile * kKeys;
             int64_t first_row[kPanels], end_row[kPanels];

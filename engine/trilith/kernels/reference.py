@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trilith.errors import KernelError
+from trilith.kernels.mask import CAUSAL, AttentionMask
 from trilith.kernels.stream import Key, attention_keep, dropout_keep, keep_scale
 
 
@@ -117,31 +118,51 @@ def attention(
     v: Tensor,
     *,
     kv_index: Sequence[int],
-    causal: bool = True,
+    mask: AttentionMask = CAUSAL,
     dropout_p: float = 0.0,
     key: Key = (0, 0),
     sample_ids: Tensor | None = None,
     head_range: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """dropout(softmax(q k^T / sqrt(D))) v: q (B, S, N, D), k and v (B, S, K, D) to (B, S, N, D); O(S^2) memory.
+    """dropout(softmax(q k^T / sqrt(D) + bias)) v: q (B, S, N, D), k and v (B, S', K, D) to (B, S, N, D); O(S^2) memory.
 
     Query head i reads key/value head `kv_index[i]` and has the global index `head_range[0] + i` in the dropout stream.
+    A query that sees no key gives zeros.
     """
     queries = (widened(q) * q.shape[-1] ** -0.5).transpose(1, 2)
     keys = widened(expand_heads(k, kv_index)).transpose(1, 2)
     values = widened(expand_heads(v, kv_index)).transpose(1, 2)
     scores = queries @ keys.transpose(-1, -2)
     length, num_keys = scores.shape[-2:]
-    if causal:
-        future = torch.ones((length, num_keys), dtype=torch.bool, device=q.device).triu_(1)
-        scores = scores.masked_fill(future, float("-inf"))
+    bias = mask.bias(length, num_keys, scores.dtype, q.device)
+    if bias is not None:
+        scores = scores + bias
+    visible = mask.visible(length, num_keys, q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
     weights = functional.softmax(scores, dim=-1)
+    if visible is not None and mask is not CAUSAL:
+        weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     if dropout_p > 0.0:
         assert sample_ids is not None, "attention dropout needs the sample ids"
-        positions = torch.arange(length, device=q.device)
-        keep = attention_keep(key, sample_ids, head_range, positions, (0, num_keys), dropout_p, "torch")
-        weights = dropped(weights, keep, dropout_p)
+        weights = dropped(weights, _attention_keep(mask, key, sample_ids, head_range, weights, dropout_p), dropout_p)
     return (weights @ values).transpose(1, 2).to(q.dtype)
+
+
+def _attention_keep(
+    mask: AttentionMask, key: Key, sample_ids: Tensor, head_range: tuple[int, int], weights: Tensor, p: float
+) -> Tensor:
+    """Which of the weights (B, N, S, S') are kept: a function of their positions."""
+    length, num_keys = weights.shape[-2:]
+    queries, keys = (x.reshape(-1, x.numel() // len(x)) for x in mask.positions(length, num_keys, weights.device))
+    if mask.key_positions is None and len(queries) == 1:
+        return attention_keep(key, sample_ids, head_range, queries[0], (0, num_keys), p)
+    kept = []
+    for b in range(len(sample_ids)):
+        rows, columns = queries[b % len(queries)], keys[b % len(keys)]
+        whole = attention_keep(key, sample_ids[b : b + 1], head_range, rows, (0, int(columns.max()) + 1), p)
+        kept.append(whole.index_select(-1, columns))
+    return torch.cat(kept)
 
 
 # Cross-entropy over a vocabulary that is split over ranks, in pieces between which layers/loss.py communicates. A

@@ -54,31 +54,30 @@ class Attention(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.recompute = recompute
+        self.backends = placement.backends
         queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
-        self.widths = (queries, keys, keys)
-        self.rotary_backend = placement.backends.rotary
-        self.qkv = ColumnParallelLinear(hidden_size, sum(self.widths), bias, placement)
+        self.qkv = ColumnParallelLinear(hidden_size, queries + 2 * keys, bias, placement)
         self.output = RowParallelLinear(queries, hidden_size, bias, placement)
 
     def forward(self, x: Tensor, sample_ids: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B, S/t or S, H) to the same shape; `rotary`: cos and sin (S, D/2). All ranks of the group must call it."""
-        parts = self.qkv(x).split(self.widths, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.heads.head_dim)) for part in parts)
+        heads, qkv = self.heads, self.qkv(x)
         if rotary is not None:
-            q, k = (ops.rotary(heads, *rotary, self.rotary_backend) for heads in (q, k))
-        mixed = recomputed(self._mix, q, k, v, sample_ids) if self.recompute else self._mix(q, k, v, sample_ids)
-        return self.output(mixed.flatten(2))
+            turned = heads.num_heads + heads.num_kv_heads
+            qkv = ops.rotary_packed(qkv, turned, heads.head_dim, *rotary, backend=self.backends.rotary)
+        return self.output(recomputed(self._mix, qkv, sample_ids) if self.recompute else self._mix(qkv, sample_ids))
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, sample_ids: Tensor) -> Tensor:
-        """The attention core: q (B, S, N/t, D), k and v (B, S, local K, D) to (B, S, N/t, D)."""
-        return ops.attention(
-            q,
-            k,
-            v,
-            kv_index=self.heads.kv_index,
-            causal=True,
+    def _mix(self, qkv: Tensor, sample_ids: Tensor) -> Tensor:
+        """The attention core: (B, S, (N/t + 2 local K) D) to (B, S, N/t D)."""
+        heads = self.heads
+        return ops.packed_attention(
+            qkv,
+            heads.num_heads,
+            head_dim=heads.head_dim,
+            kv_index=heads.kv_index,
             dropout_p=self.dropout.p if self.training else 0.0,
             key=self.dropout.key,
             sample_ids=sample_ids,
-            head_range=(self.heads.first, self.heads.first + self.heads.num_heads),
+            head_range=(heads.first, heads.first + heads.num_heads),
+            backend=self.backends.attention,
         )

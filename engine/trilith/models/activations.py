@@ -169,21 +169,22 @@ def _layer(model: ModelConfig, setting: ActivationSetting) -> ActivationBytes:
 
 
 def _attention(model: ModelConfig, setting: ActivationSetting, heads: _Heads) -> int:
-    """The core between the two linears of attention, with its result, which is the second one's input."""
+    """The core between the two linears of attention, with its result, which is the second one's input.
+
+    Queries, keys and values are one tensor, rotated or not.
+    """
     element, wide, tokens = setting.dtype_bytes, setting.wide_bytes, _tokens(model, setting)
     head = tokens * head_dim(model) * element
-    queries, keys, whole = heads.queries * head, heads.keys * head, (heads.queries + 2 * heads.keys) * head
-    rotates = model.family == "llama"
-    rotated = queries + keys if rotates else 0  # new tensors; without them q and k are views of the product
+    queries, packed = heads.queries * head, (heads.queries + 2 * heads.keys) * head
     if setting.recompute == "selective":
-        return rotated + whole + queries + INT64_BYTES * setting.batch_size
+        return packed + queries + INT64_BYTES * setting.batch_size
+    softmax_sums = tokens * heads.queries * wide
+    if "attention" in setting.fused:
+        return packed + queries + softmax_sums
     if model.attention_dropout > 0.0:
         # The reference: q, k and v of all heads in full precision, three S x S matrices, and which keys lie ahead.
         squares = 3 * tokens * model.sequence_length * heads.queries * wide
         ahead = model.sequence_length**2 * BOOL_BYTES
         return 3 * queries // element * wide + squares + ahead + queries
-    softmax_sums = tokens * heads.queries * wide
-    if heads.regular:
-        return rotated + whole + queries + softmax_sums
-    copied = 2 * queries  # keys and values repeated for each query head
-    return (queries if rotates else whole) + copied + queries + softmax_sums
+    copied = 0 if heads.regular else 2 * queries  # keys and values repeated for each query head
+    return packed + copied + queries + softmax_sums

@@ -6,7 +6,7 @@ an op goes into that op's file here and is held to the same tests.
 """
 
 from trilith.kernels.ops.activation import bias_gelu, geglu, geglu_packed, gelu, swiglu, swiglu_packed
-from trilith.kernels.ops.attention import attention
+from trilith.kernels.ops.attention import attention, packed_attention
 from trilith.kernels.ops.cross_entropy import (
     cross_entropy_gradient,
     cross_entropy_terms,
@@ -17,7 +17,7 @@ from trilith.kernels.ops.cross_entropy import (
 from trilith.kernels.ops.dropout import dropout, dropout_add
 from trilith.kernels.ops.linear import linear
 from trilith.kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from trilith.kernels.ops.rotary import rotary
+from trilith.kernels.ops.rotary import rotary, rotary_packed
 
 __all__ = [
     "add_layer_norm",
@@ -34,8 +34,10 @@ __all__ = [
     "layer_norm",
     "linear",
     "local_logit_max",
+    "packed_attention",
     "rms_norm",
     "rotary",
+    "rotary_packed",
     "swiglu",
     "swiglu_packed",
     "token_loss_gradient",

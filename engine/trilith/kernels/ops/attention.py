@@ -1,15 +1,22 @@
-"""Attention of query heads over grouped key/value heads (Ainslie et al. 2023), causal or full."""
+"""Attention of query heads over grouped key/value heads (Ainslie et al. 2023) under an `AttentionMask`."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from trilith.errors import KernelError
-from trilith.kernels import reference
-from trilith.kernels.stream import Key
+from trilith.kernels import library, reference
+from trilith.kernels.library import CPU, DTYPES, LIBRARY, address
+from trilith.kernels.mask import CAUSAL, AttentionMask
+from trilith.kernels.ops.library_form import define, differentiate
+from trilith.kernels.stream import Key, threshold
 
 
 def attention(
@@ -17,57 +24,367 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = True,
+    mask: AttentionMask = CAUSAL,
     kv_index: Sequence[int] | None = None,
     dropout_p: float = 0.0,
     key: Key = (0, 0),
     sample_ids: Tensor | None = None,
     head_range: tuple[int, int] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """dropout(softmax(q k^T / sqrt(D))) v: q (B, S, N, D), k and v (B, S, K, D) to (B, S, N, D).
+    """dropout(softmax(q k^T / sqrt(D))) v: q (B, S, N, D), k and v (B, S', K, D) to (B, S, N, D).
 
     Query head i reads key/value head `kv_index[i]`; None is the regular grouping (i * K // N). If `dropout_p` is not
     0, `key` is the site's stream, `sample_ids` (B,) int64 are global and `head_range` (None: all) holds the N heads'
-    global indices. Without dropout this is torch's blocked attention; with it the reference, which takes O(S^2)
-    memory. Raises KernelError where heads do not fit, a causal product is not square, or dropout lacks sample ids.
+    global indices. The native op keeps two numbers a query and head. Without it this is torch's blocked attention where
+    the mask is causal or full and nothing is dropped, else the reference, which takes O(S^2) memory. Raises KernelError
+    where heads do not fit, the mask does not, or dropout lacks sample ids.
     """
-    num_heads, num_kv_heads = q.shape[2], k.shape[2]
-    regular = num_heads % num_kv_heads == 0
-    if kv_index is None:
-        if not regular:
-            raise KernelError(f"attention: {num_heads} query and {num_kv_heads} key/value heads need a kv_index")
-        kv_index = _grouping(num_heads, num_kv_heads)
-    elif len(kv_index) != num_heads:
-        raise KernelError(f"attention: kv_index has {len(kv_index)} entries for {num_heads} query heads")
-    if causal and q.shape[1] != k.shape[1]:
-        raise KernelError(f"attention: causal with {q.shape[1]} queries and {k.shape[1]} keys: must be equal")
-    if dropout_p > 0.0:
-        if sample_ids is None:
-            raise KernelError(f"attention: dropout_p = {dropout_p!r} needs the sample ids")
+    kv_index = _checked(q, k, v, mask, kv_index)
+    if dropout_p > 0.0 and sample_ids is None:
+        raise KernelError(f"attention: dropout_p = {dropout_p!r} needs the sample ids")
+    heads = head_range or (0, q.shape[2])
+    if backend not in ("torch", "reference"):
+        if library.serves(q, k, v):
+            how = _How(mask, tuple(kv_index), dropout_p, key, sample_ids if dropout_p > 0.0 else None, heads[0])
+            return _library(q, k, v, how)[0] if library.is_traced(q) else _Attention.apply(q, k, v, how)
+        if backend == "fused":
+            raise KernelError(f"attention: backend 'fused': {library.why_not(q, k, v)}")
+    is_plain = mask.window is None and mask.prefix is None and mask.slopes is None
+    if backend == "reference" or dropout_p > 0.0 or not is_plain or mask.query_positions is not None:
         return reference.attention(
-            q,
-            k,
-            v,
-            kv_index=kv_index,
-            causal=causal,
-            dropout_p=dropout_p,
-            key=key,
-            sample_ids=sample_ids,
-            head_range=head_range or (0, num_heads),
+            q, k, v, kv_index=kv_index, mask=mask, dropout_p=dropout_p, key=key, sample_ids=sample_ids, head_range=heads
         )
-    if not (regular and tuple(kv_index) == _grouping(num_heads, num_kv_heads)):
+    if kv_index != _grouping(q.shape[2], k.shape[2]):
         k, v = reference.expand_heads(k, kv_index), reference.expand_heads(v, kv_index)
     mixed = functional.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        is_causal=causal,
-        enable_gqa=k.shape[2] != num_heads,
+        is_causal=mask.causal,
+        enable_gqa=k.shape[2] != q.shape[2],
     )
     return mixed.transpose(1, 2)
 
 
+def packed_attention(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    mask: AttentionMask = CAUSAL,
+    kv_index: Sequence[int] | None = None,
+    head_dim: int,
+    dropout_p: float = 0.0,
+    key: Key = (0, 0),
+    sample_ids: Tensor | None = None,
+    head_range: tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`attention` of q, k and v that lie one behind the other in qkv (B, S, (N + 2 K) D): (B, S, N D).
+
+    The native op reads them where they are and writes their gradients into one tensor.
+    """
+    if qkv.dim() != 3 or qkv.shape[-1] % head_dim or (qkv.shape[-1] // head_dim - num_heads) % 2:
+        raise KernelError(
+            f"attention: qkv {tuple(qkv.shape)} with {num_heads} heads of {head_dim}: must be (B, S, (N + 2 K) D)"
+        )
+    q, k, v = _split(qkv, num_heads, head_dim)
+    if backend not in ("torch", "reference") and library.serves(qkv) and not library.is_traced(qkv):
+        kv_index = _checked(q, k, v, mask, kv_index)
+        if dropout_p > 0.0 and sample_ids is None:
+            raise KernelError(f"attention: dropout_p = {dropout_p!r} needs the sample ids")
+        first = head_range[0] if head_range else 0
+        how = _How(mask, tuple(kv_index), dropout_p, key, sample_ids if dropout_p > 0.0 else None, first)
+        return _PackedAttention.apply(qkv, num_heads, head_dim, how)
+    mixed = attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        kv_index=kv_index,
+        dropout_p=dropout_p,
+        key=key,
+        sample_ids=sample_ids,
+        head_range=head_range,
+        backend=backend,
+    )
+    return mixed.flatten(2)
+
+
+def _split(qkv: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    num_kv_heads = (heads.shape[2] - num_heads) // 2
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    return q, k, v
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, kv_index: Sequence[int] | None) -> Sequence[int]:
+    """`kv_index`, or the regular one; raises KernelError where shapes do not fit."""
+    batch, num_queries, num_heads, features = q.shape
+    num_kv_heads = k.shape[2]
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != features:
+        raise KernelError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be (B, S, N, D) and twice "
+            "(B, S', K, D)"
+        )
+    mask.check(batch, num_queries, k.shape[1], num_heads)
+    if kv_index is None:
+        if num_heads % num_kv_heads:
+            raise KernelError(f"attention: {num_heads} query and {num_kv_heads} key/value heads need a kv_index")
+        return _grouping(num_heads, num_kv_heads)
+    if len(kv_index) != num_heads:
+        raise KernelError(f"attention: kv_index has {len(kv_index)} entries for {num_heads} query heads")
+    if min(kv_index, default=0) < 0 or max(kv_index, default=0) >= num_kv_heads:
+        raise KernelError(f"attention: kv_index {tuple(kv_index)}: must name the {num_kv_heads} key/value heads")
+    return tuple(kv_index)
+
+
 def _grouping(num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
     """Neighbouring query heads share a key/value head."""
-    group = num_heads // num_kv_heads
-    return tuple(head // group for head in range(num_heads))
+    group = num_heads // num_kv_heads if num_heads % num_kv_heads == 0 else 0
+    return tuple(head // group for head in range(num_heads)) if group else ()
+
+
+# --- what runs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _How:
+    """All but the tensors that gradients flow to."""
+
+    mask: AttentionMask
+    kv_index: tuple[int, ...]
+    dropout_p: float
+    key: Key
+    sample_ids: Tensor | None
+    first_head: int
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    assert LIBRARY is not None
+    batch, num_queries, num_heads, features = q.shape
+    strides = [LIBRARY.HeadStrides(*x.stride()[:3]) for x in (q, k, v)]
+    return LIBRARY.AttentionSizes(
+        batch, num_queries, k.shape[1], num_heads, k.shape[2], features, features**-0.5, *strides
+    )
+
+
+class _Rule:
+    """The native form of a `_How`; holds what its addresses point to."""
+
+    def __init__(self, how: _How) -> None:
+        assert LIBRARY is not None
+        mask, p = how.mask, how.dropout_p
+        held = (mask.prefix, mask.slopes, mask.query_positions, mask.key_positions, how.sample_ids)
+        prefix, slopes, queries, keys, samples = (None if x is None else x.contiguous() for x in held)
+        slopes = None if slopes is None else slopes.double()
+        self.held = (prefix, slopes, queries, keys, samples)
+        self.kv_index = array("q", how.kv_index)
+        self.native = LIBRARY.AttentionRule(
+            mask.causal,
+            mask.window or 0,
+            address(prefix),
+            address(slopes),
+            address(queries),
+            address(keys),
+            0 if queries is None or queries.dim() == 1 else queries.shape[1],
+            0 if keys is None or keys.dim() == 1 else keys.shape[1],
+            address(samples),
+            how.first_head,
+            *how.key,
+            threshold(p) if p > 0.0 else 0,
+        )
+
+    @property
+    def heads(self) -> int:
+        """Where the key/value head of each query head stands."""
+        return self.kv_index.buffer_info()[0]
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x` with neighbouring features: as it is, or a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, how: _How) -> tuple[Tensor, Tensor]:
+    """The result (B, S, N, D), and the log-sum-exp of each query's scores (B, N, S), wide."""
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=reference.accumulation_dtype(q.dtype))
+    rule = _Rule(how)
+    CPU.attention_forward(
+        DTYPES[q.dtype],
+        _sizes(q, k, v),
+        rule.native,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        rule.heads,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, how: _How, into: tuple[Tensor, ...]
+) -> None:
+    """Gradients of q, k and v, written to the tensors of `into`, whose features are neighbours."""
+    dout, q, k, v = dout.contiguous(), _readable(q), _readable(k), _readable(v)
+    dq, dk, dv = into
+    rule = _Rule(how)
+    CPU.attention_backward(
+        DTYPES[q.dtype],
+        _sizes(q, k, v),
+        rule.native,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        rule.heads,
+        out.data_ptr(),
+        lse.data_ptr(),
+        dout.data_ptr(),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+        _sizes(dq, dk, dv),
+        torch.get_num_threads(),
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps its inputs, its result, and one number a query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
+        out, lse = _forward(q, k, v, how)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        into = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        _backward(gradients[0], q, k, v, out, lse, ctx.how, into)
+        return (*into, None)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """The same of one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, head_dim: int, how: _How) -> Tensor:
+        out, lse = _forward(*_split(_readable(qkv), num_heads, head_dim), how)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.about = num_heads, head_dim, how
+        return out.view(*out.shape[:2], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse = ctx.saved_tensors
+        num_heads, head_dim, how = ctx.about
+        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+        into = _split(dqkv, num_heads, head_dim)
+        _backward(gradients[0], *_split(_readable(qkv), num_heads, head_dim), out, lse, how, into)
+        return dqkv, None, None, None
+
+
+# --- the library's form -------------------------------------------------------------------------------------------------
+
+_MASK = (
+    "int[] kv_index, bool causal, int window, Tensor? prefix, Tensor? slopes, Tensor? query_positions, "
+    "Tensor? key_positions"
+)
+_DROPOUT = "float dropout_p, int key_first, int key_second, Tensor? sample_ids, int first_head"
+
+
+def _how(
+    kv_index: Sequence[int],
+    causal: bool,
+    window: int,
+    prefix: Tensor | None,
+    slopes: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    dropout_p: float,
+    key_first: int,
+    key_second: int,
+    sample_ids: Tensor | None,
+    first_head: int,
+) -> _How:
+    mask = AttentionMask(causal, window or None, prefix, slopes, query_positions, key_positions)
+    return _How(mask, tuple(kv_index), dropout_p, (key_first, key_second), sample_ids, first_head)
+
+
+def _arguments(how: _How) -> tuple[Any, ...]:
+    m = how.mask
+    masks = (list(how.kv_index), m.causal, m.window or 0, m.prefix, m.slopes, m.query_positions, m.key_positions)
+    return (*masks, how.dropout_p, *how.key, how.sample_ids, how.first_head)
+
+
+def _library_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, _how(*rest))
+
+
+def _library_forward_like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    wide = reference.accumulation_dtype(q.dtype)
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
+
+
+def _library_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _library_backward_like(dout, q, k, v, out, lse, *rest)
+    _backward(dout, q, k, v, out, lse, _how(*rest), (dq, dk, dv))
+    return dq, dk, dv
+
+
+def _library_backward_like(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+attention_op = define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_MASK}, {_DROPOUT}) -> (Tensor, Tensor)",
+    _library_forward,
+    _library_forward_like,
+)
+attention_backward_op = define(
+    f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}, {_DROPOUT})"
+    " -> (Tensor, Tensor, Tensor)",
+    _library_backward,
+    _library_backward_like,
+)
+
+
+def _library(q: Tensor, k: Tensor, v: Tensor, how: _How) -> tuple[Tensor, Tensor]:
+    out, lse = attention_op(q, k, v, *_arguments(how))
+    return out, lse
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *rest = inputs
+    ctx.mark_non_differentiable(output[1])
+    how = _how(*rest)
+    mask = how.mask
+    ctx.save_for_backward(
+        q, k, v, *output, mask.prefix, mask.slopes, mask.query_positions, mask.key_positions, how.sample_ids
+    )
+    ctx.how = replace(how, mask=replace(mask, prefix=None, slopes=None, query_positions=None, key_positions=None))
+    ctx.num_rest = len(rest)
+
+
+def _differentiated(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, prefix, slopes, queries, keys, samples = ctx.saved_tensors
+    mask = replace(ctx.how.mask, prefix=prefix, slopes=slopes, query_positions=queries, key_positions=keys)
+    how = replace(ctx.how, mask=mask, sample_ids=samples)
+    gradients = attention_backward_op(dout, q, k, v, out, lse, *_arguments(how))
+    return (*gradients, *[None] * ctx.num_rest)
+
+
+differentiate("attention", _remember, _differentiated)

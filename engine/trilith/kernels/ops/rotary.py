@@ -31,6 +31,21 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Tensor
     return _TorchRotary.apply(x, cos, sin)
 
 
+def rotary_packed(
+    x: Tensor, num_turned: int, head_dim: int, cos: Tensor, sin: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """`rotary` of the first `num_turned` heads of x (B, S, heads * head_dim), as of packed queries, keys and values.
+
+    The native op changes x itself, which nobody else may use any more; else the result is a new tensor.
+    """
+    heads = x.unflatten(-1, (-1, head_dim))
+    if backend not in ("torch", "reference") and library.serves(x) and not library.is_traced(x) and x.stride(-1) == 1:
+        if _is_native(heads, cos, sin, backend):
+            return _PackedRotary.apply(x, num_turned, head_dim, cos, sin)
+    turned = rotary(heads[:, :, :num_turned], cos, sin, backend)
+    return torch.cat((turned, heads[:, :, num_turned:]), dim=2).flatten(2)
+
+
 def _is_native(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> bool:
     if backend == "torch":
         return False
@@ -58,8 +73,14 @@ def _is_native(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> bool:
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """x turned by the angles, or back. x may have any strides but within a head."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _turn_into(x, y, cos, sin, inverse)
+    return y
+
+
+def _turn_into(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """The same into y, which may be x."""
+    cos, sin = cos.contiguous(), sin.contiguous()
     CPU.rotary(
         DTYPES[x.dtype],
         x.data_ptr(),
@@ -74,7 +95,6 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         inverse,
         torch.get_num_threads(),
     )
-    return y
 
 
 class _Rotary(torch.autograd.Function):
@@ -88,8 +108,32 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
         turn = _Rotary.apply if torch.is_grad_enabled() else _turn  # the former where a graph of the gradient is wanted
-        return turn(gradients[0], *ctx.saved_tensors, not ctx.inverse), None, None, None
+        return turn(gradients[0], cos, sin, not ctx.inverse), None, None, None
+
+
+class _PackedRotary(torch.autograd.Function):
+    """The same in place, of the first heads of a tensor; what is behind them has its gradient as it comes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_turned: int, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.about = num_turned, head_dim
+        ctx.mark_dirty(x)
+        turned = x.unflatten(-1, (-1, head_dim))[:, :, :num_turned]
+        _turn_into(turned, turned, cos, sin, False)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (num_turned, head_dim), (cos, sin) = ctx.about, ctx.saved_tensors
+        given = gradients[0].contiguous().unflatten(-1, (-1, head_dim))
+        result = torch.empty(given.shape, dtype=given.dtype)
+        result[:, :, num_turned:] = given[:, :, num_turned:]
+        _turn_into(given[:, :, :num_turned], result[:, :, :num_turned], cos, sin, True)
+        return result.flatten(2), None, None, None, None
 
 
 class _TorchRotary(torch.autograd.Function):
