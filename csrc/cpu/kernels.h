@@ -44,7 +44,11 @@ struct AttentionRule {
     OP(activation_backward) \
     OP(glu_forward) \
     OP(glu_backward) \
-    OP(rotary)
+    OP(rotary) \
+    OP(logit_max) \
+    OP(cross_entropy_terms) \
+    OP(cross_entropy_gradient) \
+    OP(cross_entropy_fused)
 
 namespace base {
 #include "cpu/ops.inc"

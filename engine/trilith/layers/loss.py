@@ -6,6 +6,7 @@ partition function and the target's logit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,21 @@ from trilith.layers.embedding import VocabularyShard
 from trilith.topology import Group
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """`backend` of the ops. `overwrites_logits`: backward puts the gradient in the place of the logits."""
+
+    backend: str = "auto"
+    overwrites_logits: bool = False
+
+
 def vocab_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, shard: VocabularyShard, group: Group
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    shard: VocabularyShard,
+    group: Group,
+    how: LossSettings = LossSettings(),
 ) -> Tensor:
     """Loss of each token, -log softmax(logits)[label], (B, S) float32, or float64 where the logits are.
 
@@ -27,22 +41,27 @@ def vocab_parallel_cross_entropy(
     of `group` must call it, with the same labels and mask.
     """
     if group.size == 1 and logits.shape[-1] == shard.vocab_size:
-        return _WholeCrossEntropy.apply(logits, labels, loss_mask)
-    return _CrossEntropy.apply(logits, labels, loss_mask, shard, group)
+        return _WholeCrossEntropy.apply(logits, labels, loss_mask, how)
+    return _CrossEntropy.apply(logits, labels, loss_mask, shard, group, how)
 
 
 class _WholeCrossEntropy(torch.autograd.Function):
-    """One rank holds all columns: keeps the logits only; softmax is made again in backward, in the gradient itself."""
+    """One rank holds all columns: keeps the logits and natively two numbers a token."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(logits, labels, loss_mask)
-        return _counted(ops.token_losses(logits, labels), loss_mask)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, loss_mask: Tensor | None, how: LossSettings) -> Tensor:
+        losses, kept = ops.token_losses(logits, labels, how.backend)
+        ctx.save_for_backward(logits, labels, loss_mask, *kept)
+        ctx.how = how
+        return _counted(losses, loss_mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, loss_mask = ctx.saved_tensors
-        return ops.token_loss_gradient(logits, labels, _counted(gradients[0], loss_mask)), None, None
+        logits, labels, loss_mask, *kept = ctx.saved_tensors
+        scale = _counted(gradients[0], loss_mask)
+        out = _target(logits, ctx.how)
+        gradient = ops.token_loss_gradient(logits, labels, scale, tuple(kept), out=out, backend=ctx.how.backend)
+        return gradient, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -50,24 +69,37 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, loss_mask: Tensor | None, shard: VocabularyShard, group: Group
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        shard: VocabularyShard,
+        group: Group,
+        how: LossSettings,
     ) -> Tensor:
         held = (shard.first, shard.end - shard.first)
-        largest = ops.local_logit_max(logits, held[1])
+        largest = ops.local_logit_max(logits, held[1], how.backend)
         comm.all_reduce(largest, group, op="max").wait()
-        sums = torch.stack(ops.cross_entropy_terms(logits, labels, largest, *held))
+        sums = torch.stack(ops.cross_entropy_terms(logits, labels, largest, *held, how.backend))
         comm.all_reduce(sums, group).wait()
         total, target = sums.unbind()
         ctx.save_for_backward(logits, labels, largest, total, loss_mask)
-        ctx.held = held
+        ctx.held, ctx.how = held, how
         return _counted(total.log() - target, loss_mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, largest, total, loss_mask = ctx.saved_tensors
-        scale = _counted(gradients[0], loss_mask)
-        gradient = ops.cross_entropy_gradient(logits, labels, largest, total, scale, *ctx.held)
-        return gradient, None, None, None, None
+        scale, out = _counted(gradients[0], loss_mask), _target(logits, ctx.how)
+        gradient = ops.cross_entropy_gradient(
+            logits, labels, largest, total, scale, *ctx.held, out=out, backend=ctx.how.backend
+        )
+        return gradient, None, None, None, None, None
+
+
+def _target(logits: Tensor, how: LossSettings) -> Tensor | None:
+    """Where the gradient goes: the logits themselves where nobody needs them any more, None for a new tensor."""
+    return logits.detach() if how.overwrites_logits and logits.is_contiguous() else None
 
 
 def _counted(per_token: Tensor, loss_mask: Tensor | None) -> Tensor:

@@ -126,6 +126,8 @@ def _head(model: ModelConfig, setting: ActivationSetting) -> ActivationBytes:
     tokens, element = _tokens(model, setting), setting.dtype_bytes
     x, logits = tokens * model.hidden_size * element, tokens * rows * element
     sums = 3 * setting.wide_bytes if setting.tensor > 1 else 0
+    if setting.tensor == 1 and "cross_entropy" in setting.fused:
+        sums = 4 * setting.wide_bytes  # with the losses in one tensor
     loss = tokens * (INT64_BYTES + BOOL_BYTES + sums)
     norm = _region_tokens(model, setting) * _norm(model, setting)
     return ActivationBytes(norm + x + logits + loss, x + logits)

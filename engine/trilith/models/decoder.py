@@ -12,7 +12,7 @@ from trilith.layers.attention import Attention, AttentionDropout, HeadShard
 from trilith.layers.dropout import Dropout
 from trilith.layers.embedding import VocabularyShard
 from trilith.layers.linear import ColumnParallelLinear
-from trilith.layers.loss import vocab_parallel_cross_entropy
+from trilith.layers.loss import LossSettings, vocab_parallel_cross_entropy
 from trilith.layers.placement import Placement
 from trilith.layers.recompute import SELECTIVE
 from trilith.models.batch import Microbatch
@@ -92,6 +92,8 @@ class Head(nn.Module):
         self.group = settings.placement.group
         self.shard = vocabulary_shard(settings.model, self.group)
         self.norm = norm
+        # Nobody reads logits after the loss but an observer, before backward.
+        self.how = LossSettings(settings.placement.backends.cross_entropy, overwrites_logits=True)
         self.output = ColumnParallelLinear(settings.model.hidden_size, self.shard.rows, False, settings.placement)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -101,5 +103,5 @@ class Head(nn.Module):
     def loss(self, logits: Tensor, batch: Microbatch) -> Tensor:
         """Sum of the token losses times `batch.loss_weight`: a float64 scalar, the same on all tensor ranks."""
         assert batch.labels is not None
-        losses = vocab_parallel_cross_entropy(logits, batch.labels, batch.loss_mask, self.shard, self.group)
+        losses = vocab_parallel_cross_entropy(logits, batch.labels, batch.loss_mask, self.shard, self.group, self.how)
         return losses.sum(dtype=torch.float64) * batch.loss_weight

@@ -8,8 +8,9 @@ Where a rank holds the whole vocabulary without padding, `token_losses` and `tok
 passes.
 
 A rank's logits (..., V) are the columns of the labels [first_label, first_label + num_valid); columns from
-`num_valid` on are padding and count nowhere. Tokens are worked through in pieces whose temporaries stay in the
-cache: a second tensor of the logits' size never exists, but for the gradient itself.
+`num_valid` on are padding and count nowhere. Natively a row is read once for its terms and once for its gradient; torch's
+ops work through pieces of tokens whose temporaries stay in the cache. A second tensor of the logits' size never exists,
+but for the gradient itself.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trilith.kernels import reference
-from trilith.kernels.reference import accumulation_dtype, local_logit_max
+from trilith.errors import KernelError
+from trilith.kernels import library, reference
+from trilith.kernels.library import CPU, DTYPES, address
+from trilith.kernels.ops.library_form import define
+from trilith.kernels.reference import accumulation_dtype
 
 __all__ = ["cross_entropy_gradient", "cross_entropy_terms", "local_logit_max", "token_loss_gradient", "token_losses"]
 
@@ -36,8 +40,26 @@ def _pieces(logits: Tensor) -> Iterator[slice]:
         yield slice(token, token + tokens)
 
 
+def is_native(logits: Tensor, backend: str) -> bool:
+    """Whether the native ops work on `logits`; raises KernelError where `backend` demands it and they cannot."""
+    if backend in ("torch", "reference"):
+        return False
+    if not library.serves(logits):
+        if backend == "fused":
+            raise KernelError(f"cross-entropy: backend 'fused': {library.why_not(logits)}")
+        return False
+    return True
+
+
+def local_logit_max(logits: Tensor, num_valid: int, backend: str = "auto") -> Tensor:
+    """Largest logit of each token on this rank (...), widened; -inf where the rank holds no label."""
+    if not is_native(logits, backend):
+        return reference.local_logit_max(logits, num_valid)
+    return logit_max_op(logits, num_valid) if library.is_traced(logits) else _logit_max(logits, num_valid)
+
+
 def cross_entropy_terms(
-    logits: Tensor, labels: Tensor, logit_max: Tensor, first_label: int, num_valid: int
+    logits: Tensor, labels: Tensor, logit_max: Tensor, first_label: int, num_valid: int, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """This rank's part of sum(exp(logit - max)), and the label's logit - max (0 where another rank holds the label).
 
@@ -45,6 +67,10 @@ def cross_entropy_terms(
     fp32, or fp64 where the logits are. No gradient flows: the caller's autograd.Function uses
     `cross_entropy_gradient`.
     """
+    if is_native(logits, backend):
+        run = terms_op if library.is_traced(logits) else _terms
+        _, total, target, _ = run(logits, labels, logit_max, first_label, num_valid)
+        return total, target
     target = reference.local_target_logit(logits, labels, logit_max, first_label, num_valid)
     table = logits.reshape(-1, logits.shape[-1])
     largest = logit_max.reshape(-1, 1)
@@ -65,6 +91,7 @@ def cross_entropy_gradient(
     num_valid: int,
     *,
     out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """(softmax - onehot) * scale in the logits' shape and dtype; 0 in padding columns.
 
@@ -72,6 +99,9 @@ def cross_entropy_gradient(
     are large. `scale` (...) is the gradient of each token's loss (0 masks the token). `out`, contiguous, may be the
     logits themselves.
     """
+    if is_native(logits, backend):
+        arguments = (logits, labels, logit_max, sum_exp, scale, first_label, num_valid)
+        return gradient_op(*arguments) if library.is_traced(logits) else _gradient(*arguments, out)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
     source, target = logits.reshape(-1, logits.shape[-1]), gradient.view(-1, logits.shape[-1])
     column, held = reference.local_label_column(labels.reshape(-1, 1), first_label, num_valid)
@@ -89,26 +119,43 @@ def cross_entropy_gradient(
     return gradient
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label] of each token, (...) in fp32, or fp64 where the logits are; no gradient flows.
+def token_losses(logits: Tensor, labels: Tensor, backend: str = "auto") -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-log softmax(logits)[label] of each token, (...) in fp32, or fp64 where the logits are, and what the gradient needs.
 
     `logits` (..., V) are those of the whole vocabulary, `labels` (...) int64. A label that is not in [0, V) must be
-    masked by the caller: its loss is 0.
+    masked by the caller: its loss has no meaning. No gradient flows.
     """
+    if is_native(logits, backend):
+        run = terms_op if library.is_traced(logits) else _terms
+        largest, total, _, losses = run(logits, labels, None, 0, logits.shape[-1])
+        return losses, (largest, total)
     table, wide = logits.reshape(-1, logits.shape[-1]), accumulation_dtype(logits.dtype)
     column, held = reference.local_label_column(labels.reshape(-1, 1), 0, logits.shape[-1])
     losses = torch.empty(len(table), 1, dtype=wide, device=logits.device)
     for piece in _pieces(table):
         torch.gather(torch.log_softmax(table[piece], -1, dtype=wide), 1, column[piece], out=losses[piece])
-    return losses.neg_().masked_fill_(~held, 0.0).view(labels.shape)
+    return losses.neg_().masked_fill_(~held, 0.0).view(labels.shape), ()
 
 
-def token_loss_gradient(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    """(softmax - onehot) * scale in the logits' shape and dtype, for the arguments of `token_losses`.
+def token_loss_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    kept: tuple[Tensor, ...],
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """(softmax - onehot) * scale in the logits' shape and dtype, for the arguments and what is `kept` of `token_losses`.
 
-    `scale` (...) is the gradient of each token's loss (0 masks the token).
+    `scale` (...) is the gradient of each token's loss (0 masks the token). `out`, contiguous, may be the logits.
     """
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if is_native(logits, backend):
+        largest, total = kept[:2]
+        return cross_entropy_gradient(
+            logits, labels, largest, total, scale, 0, logits.shape[-1], out=out, backend=backend
+        )
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
     source, target = logits.reshape(-1, logits.shape[-1]), gradient.view(-1, logits.shape[-1])
     column, held = reference.local_label_column(labels.reshape(-1, 1), 0, logits.shape[-1])
     wide, factor = accumulation_dtype(logits.dtype), scale.reshape(-1, 1)
@@ -120,3 +167,128 @@ def token_loss_gradient(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor
         if into is None:
             target[piece] = values
     return gradient
+
+
+# --- what runs natively -------------------------------------------------------------------------------------------------
+
+
+def _table(logits: Tensor) -> Tensor:
+    """Logits as rows of neighbours (T, V)."""
+    table = logits.reshape(-1, logits.shape[-1])
+    return table if table.stride(-1) == 1 or table.shape[-1] <= 1 else table.contiguous()
+
+
+def _logit_max(logits: Tensor, num_valid: int) -> Tensor:
+    table = _table(logits)
+    largest = torch.empty(logits.shape[:-1], dtype=accumulation_dtype(logits.dtype))
+    CPU.logit_max(
+        DTYPES[logits.dtype],
+        address(table),
+        table.stride(0),
+        num_valid,
+        len(table),
+        address(largest),
+        torch.get_num_threads(),
+    )
+    return largest
+
+
+def _terms(
+    logits: Tensor, labels: Tensor, logit_max: Tensor | None, first_label: int, num_valid: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each token: largest logit (found, or given), sum of exponentials, label's logit relative to the largest, loss."""
+    table, wide = _table(logits), accumulation_dtype(logits.dtype)
+    labels = _fitting(labels, "labels", logits, torch.int64)
+    largest, total, target, losses = torch.empty((4, *labels.shape), dtype=wide).unbind()
+    if logit_max is not None:
+        largest.copy_(_fitting(logit_max, "logit_max", logits, wide))
+    CPU.cross_entropy_terms(
+        DTYPES[logits.dtype],
+        address(table),
+        table.stride(0),
+        address(labels),
+        first_label,
+        num_valid,
+        len(table),
+        logit_max is None,
+        address(largest),
+        address(total),
+        address(target),
+        address(losses),
+        torch.get_num_threads(),
+    )
+    return largest, total, target, losses
+
+
+def _gradient(
+    logits: Tensor,
+    labels: Tensor,
+    logit_max: Tensor,
+    sum_exp: Tensor,
+    scale: Tensor,
+    first_label: int,
+    num_valid: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    gradient = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
+    if not gradient.is_contiguous() or gradient.shape != logits.shape or gradient.dtype != logits.dtype:
+        raise KernelError(
+            f"cross-entropy: out {tuple(gradient.shape)}: must be contiguous, of the logits' shape and dtype"
+        )
+    table, target, wide = _table(logits), gradient.view(-1, logits.shape[-1]), accumulation_dtype(logits.dtype)
+    labels = _fitting(labels, "labels", logits, torch.int64)
+    logit_max, sum_exp = _fitting(logit_max, "logit_max", logits, wide), _fitting(sum_exp, "sum_exp", logits, wide)
+    scale = _fitting(scale, "scale", logits, scale.dtype).to(wide)
+    CPU.cross_entropy_gradient(
+        DTYPES[logits.dtype],
+        address(table),
+        table.stride(0),
+        address(labels),
+        first_label,
+        num_valid,
+        logits.shape[-1],
+        len(table),
+        address(logit_max),
+        address(sum_exp),
+        address(scale),
+        address(target),
+        target.stride(0),
+        torch.get_num_threads(),
+    )
+    return gradient
+
+
+def _fitting(x: Tensor, name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """One contiguous number a token."""
+    if x.shape != logits.shape[:-1] or x.dtype != dtype or x.device != logits.device:
+        raise KernelError(
+            f"cross-entropy: {name} {tuple(x.shape)} {x.dtype} with logits {tuple(logits.shape)}: must be "
+            f"{tuple(logits.shape[:-1])} {dtype}"
+        )
+    return x.contiguous()
+
+
+def _terms_like(
+    logits: Tensor, labels: Tensor, logit_max: Tensor | None, first_label: int, num_valid: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = logits.new_empty(labels.shape, dtype=accumulation_dtype(logits.dtype))
+    return like, torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
+
+
+logit_max_op = define(
+    "logit_max(Tensor logits, int num_valid) -> Tensor",
+    _logit_max,
+    lambda logits, num_valid: logits.new_empty(logits.shape[:-1], dtype=accumulation_dtype(logits.dtype)),
+)
+terms_op = define(
+    "cross_entropy_terms(Tensor logits, Tensor labels, Tensor? logit_max, int first_label, int num_valid)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *arguments: tuple(x.clone() for x in _terms(*arguments)),
+    _terms_like,
+)
+gradient_op = define(
+    "cross_entropy_gradient(Tensor logits, Tensor labels, Tensor logit_max, Tensor sum_exp, Tensor scale,"
+    " int first_label, int num_valid) -> Tensor",
+    lambda *arguments: _gradient(*arguments),
+    lambda logits, *_: logits.new_empty(logits.shape),
+)
