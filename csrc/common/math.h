@@ -132,4 +132,22 @@ inline Normal<vd> normal(vd x) {
     return {x < 0 ? tail : 1 - tail, bell * 0x1.9884533d43651p-2};
 }
 
+// e^x for x <= 0, zero where x is -infinity; x is NaN only where a score was.
+inline vf exp_below(vf x) {
+    const vf low = max(fill(-87.0f), x);
+    const vf n = round_even(low * 0x1.715476p+0f);
+    vf r = fma(n, fill(-0x1.62e400p-1f), low);
+    r = fma(n, fill(-0x1.7f7d1cp-20f), r);
+    vf p = fill(1.9875691500e-4f);
+    p = fma(p, r, fill(1.3981999507e-3f));
+    p = fma(p, r, fill(8.3334519073e-3f));
+    p = fma(p, r, fill(4.1665795894e-2f));
+    p = fma(p, r, fill(1.6666665459e-1f));
+    p = fma(p, r, fill(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
+    const vf y = (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+    return x < -87.0f ? vf{} : y;
+}
+inline vd exp_below(vd x) { return exp(x); }
+
 }  // namespace trilith::TRILITH_ISA

@@ -232,24 +232,6 @@ Heads<T> heads_of(Address base, const HeadStrides& strides) {
     return {(T*)base, strides.batch, strides.row, strides.head};
 }
 
-// e^x for x <= 0, zero where x is -infinity; x is NaN only where a score was.
-inline vf exp_below(vf x) {
-    const vf low = max(fill(-87.0f), x);
-    const vf n = round_even(low * 0x1.715476p+0f);
-    vf r = fma(n, fill(-0x1.62e400p-1f), low);
-    r = fma(n, fill(-0x1.7f7d1cp-20f), r);
-    vf p = fill(1.9875691500e-4f);
-    p = fma(p, r, fill(1.3981999507e-3f));
-    p = fma(p, r, fill(8.3334519073e-3f));
-    p = fma(p, r, fill(4.1665795894e-2f));
-    p = fma(p, r, fill(1.6666665459e-1f));
-    p = fma(p, r, fill(5.0000001201e-1f));
-    p = fma(p, r * r, r) + 1.0f;
-    const vf y = (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
-    return x < -87.0f ? vf{} : y;
-}
-inline vd exp_below(vd x) { return exp(x); }
-
 // Adds the slope's part of one row and hides what the query does not see.
 template <class A>
 inline Vec<A> ruled(Vec<A> score, const int_t<A>* key, int_t<A> query, int_t<A> first, int_t<A> last, A slope, bool whole) {

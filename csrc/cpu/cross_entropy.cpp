@@ -55,12 +55,12 @@ wide_t<T> sum_exp(Source* x, int64_t n, wide_t<T> shift) {
     int64_t i = 0;
     for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>)
         for (int k = 0; k < 2; ++k) {
-            const Vec<A> value = exp(load(x + i + k * kLanes<A>) - shift);
+            const Vec<A> value = exp_below(load(x + i + k * kLanes<A>) - shift);
             if constexpr (keeps) store(x + i + k * kLanes<A>, value);
             sums[k] += value;
         }
     each_register<A>(n - i, [&](int64_t at, int64_t count) {
-        Vec<A> value = exp(load_some(x + i + at, count) - shift);
+        Vec<A> value = exp_below(load_some(x + i + at, count) - shift);
         if constexpr (keeps) store_some(x + i + at, value, count);
         for (int64_t lane = count; lane < kLanes<A>; ++lane) value[lane] = 0;
         sums[0] += value;
@@ -102,7 +102,7 @@ void gradient_row(const Rows<const T>& from, const Rows<T>& to, int64_t token, w
     const int64_t column = from.column(token);
     const A label = column >= 0 ? load_one(x + column) : A(0);
     each_register<A>(from.valid, [&](int64_t i, int64_t count) {
-        store_some(g + i, exp(load_some(x + i, count) - most) * factor, count);
+        store_some(g + i, exp_below(load_some(x + i, count) - most) * factor, count);
     });
     if (column >= 0) store_one(g + column, exp(fill(label - most))[0] * factor - scale);
     for (int64_t i = from.valid; i < from.width; ++i) store_one(g + i, A(0));

@@ -255,6 +255,8 @@ def _gradient(
         target.stride(0),
         torch.get_num_threads(),
     )
+    if out is not None:
+        torch.autograd.graph.increment_version(out)  # who kept it for backward learns that it has changed
     return gradient
 
 

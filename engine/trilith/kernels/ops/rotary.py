@@ -123,6 +123,7 @@ class _PackedRotary(torch.autograd.Function):
         ctx.mark_dirty(x)
         turned = x.unflatten(-1, (-1, head_dim))[:, :, :num_turned]
         _turn_into(turned, turned, cos, sin, False)
+        torch.autograd.graph.increment_version(x)
         return x
 
     @staticmethod

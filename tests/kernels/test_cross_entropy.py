@@ -1,0 +1,186 @@
+"""Native cross-entropy on every instruction set, and the product fused with it; test_ops.py holds the accuracy too."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trilith.errors import KernelError
+from trilith.kernels import library, ops, reference
+from trilith.layers.embedding import VocabularyShard
+from trilith.layers.loss import LossSettings, vocab_parallel_cross_entropy
+from trilith.topology import Group
+
+pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=library.MISSING)
+SETS = library.LIBRARY.instruction_sets if library.LIBRARY else ()
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set of this processor in turn."""
+    for name in ("cross_entropy", "linear_cross_entropy"):
+        module = import_module(f"trilith.kernels.ops.{name}")
+        monkeypatch.setattr(module, "CPU", getattr(library.LIBRARY, request.param))
+    return request.param
+
+
+def problem(tokens: int, vocab: int, dtype: torch.dtype, size: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(tokens, vocab, generator=generator, dtype=torch.float64) * size
+    return logits.to(dtype), torch.randint(vocab, (tokens,), generator=generator)
+
+
+def whole(vocab: int) -> VocabularyShard:
+    return VocabularyShard(0, vocab, vocab, vocab)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 17, 1023, 1024, 1025, 5003])
+def test_whole_vocabulary(vocab: int, dtype: torch.dtype, instruction_set: str) -> None:
+    logits, labels = problem(5, vocab, dtype, 20.0)
+    losses, kept = ops.token_losses(logits, labels)
+    scale = torch.rand(5, dtype=losses.dtype)
+    leaf = logits.double().requires_grad_()
+    truth = functional.cross_entropy(leaf, labels, reduction="none")
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(losses.double(), truth, rtol=tolerance, atol=20 * tolerance)
+    expected = torch.autograd.grad(truth, leaf, scale.double())[0]
+    gradient = ops.token_loss_gradient(logits, labels, scale, kept)
+    torch.testing.assert_close(gradient.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=4 * tolerance)
+    own = logits.clone()
+    assert torch.equal(ops.token_loss_gradient(own, labels, scale, kept, out=own), gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (3, 50), (40, 1031), (19, 2500)])
+def test_linear_cross_entropy(tokens: int, vocab: int, dtype: torch.dtype, instruction_set: str) -> None:
+    """Against the product and torch's loss in float64: at most twice the error of the same in `dtype`."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(n, 24, generator=generator, dtype=torch.float64).to(dtype) for n in (tokens, vocab))
+    labels, mask = torch.randint(vocab, (tokens,), generator=generator), torch.arange(tokens) % 3 != 1
+    labels = torch.where(mask, labels, -100)
+
+    def plain(*inputs: Tensor) -> list[Tensor]:
+        leaves = [i.detach().requires_grad_() for i in inputs]
+        losses = functional.cross_entropy(functional.linear(*leaves), labels, reduction="none", ignore_index=-100)
+        return [losses.detach(), *torch.autograd.grad(losses.sum(), leaves)]
+
+    leaves = [i.detach().requires_grad_() for i in (x, weight)]
+    total, losses = ops.linear_cross_entropy(*leaves, labels, mask)
+    assert not losses.requires_grad and not losses[~mask].any()
+    torch.testing.assert_close(total.detach(), losses.sum())
+    ours = [losses, *torch.autograd.grad(total * 1.0, leaves)]
+    for value, other, truth in zip(ours, plain(x, weight), plain(x.double(), weight.double()), strict=True):
+        floor = 64 * torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(dtype).eps
+        limit = max(3 * float((other.double() - truth).norm()), floor * float(truth.norm()) + 1e-12)
+        assert float((value.double() - truth).norm()) <= limit
+
+
+def test_linear_cross_entropy_scales_with_what_comes_back() -> None:
+    x, weight = torch.randn(12, 6, requires_grad=True), torch.randn(30, 6, requires_grad=True)
+    labels = torch.randint(30, (12,))
+    once = torch.autograd.grad(ops.linear_cross_entropy(x, weight, labels)[0], (x, weight))
+    twice = torch.autograd.grad(2.0 * ops.linear_cross_entropy(x, weight, labels)[0], (x, weight))
+    for one, two in zip(once, twice, strict=True):
+        assert torch.equal(2.0 * one, two)
+    with torch.no_grad():
+        total, _ = ops.linear_cross_entropy(x, weight, labels)
+    torch.testing.assert_close(total, functional.cross_entropy(x @ weight.t(), labels, reduction="sum").detach())
+
+
+def test_linear_cross_entropy_backward_twice() -> None:
+    x, weight = torch.randn(12, 6, requires_grad=True), torch.randn(30, 6, requires_grad=True)
+    total, _ = ops.linear_cross_entropy(x, weight, torch.zeros(12, dtype=torch.int64))
+    total.backward(retain_graph=True)
+    with pytest.raises(KernelError, match="second time"):
+        total.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    logits, labels = problem(40, 5003, dtype)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        losses, kept = ops.token_losses(logits, labels)
+        found.append((losses, ops.token_loss_gradient(logits, labels, torch.ones_like(losses), kept)))
+    torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_overwritten_logits_are_noticed() -> None:
+    """The gradient in the logits' place: the same bits, and a second backward is an error, not a wrong result."""
+    logits, labels = problem(6, 50, torch.float32)
+    gradients = []
+    for overwrites in (False, True):
+        leaf = logits.clone().requires_grad_()
+        made = leaf * 1.0
+        how = LossSettings(overwrites_logits=overwrites)
+        loss = vocab_parallel_cross_entropy(made[None], labels[None], None, whole(50), Group("tp", (0,), 0), how)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)
+        gradients.append(gradient)
+        if overwrites:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.sum().backward()
+    assert torch.equal(*gradients)
+
+
+def test_extremes() -> None:
+    logits = torch.tensor([[1e30, -1e30, 0.0], [float("-inf"), 2.0, 1.0], [3.0, float("nan"), 1.0], [0.0, 0.0, 0.0]])
+    labels = torch.tensor([0, 1, 0, 2])
+    losses, kept = ops.token_losses(logits, labels)
+    expected = functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+    gradient = ops.token_loss_gradient(logits, labels, torch.ones(4), kept)
+    leaf = logits.clone().requires_grad_()
+    functional.cross_entropy(leaf, labels, reduction="sum").backward()
+    torch.testing.assert_close(gradient, leaf.grad, equal_nan=True)
+
+
+def test_empty() -> None:
+    losses, kept = ops.token_losses(torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64))
+    assert losses.shape == (0,)
+    assert ops.token_loss_gradient(torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), losses, kept).shape == (0, 7)
+    total, losses = ops.linear_cross_entropy(torch.zeros(0, 3), torch.zeros(5, 3), torch.zeros(0, dtype=torch.int64))
+    assert total == 0.0 and losses.shape == (0,)
+
+
+def test_opcheck() -> None:
+    logits, labels = problem(4, 9, torch.float32)
+    library_ops: Any = torch.ops.trilith
+    torch.library.opcheck(library_ops.cross_entropy_terms.default, (logits, labels, None, 0, 9))
+    largest, total, _, losses = library_ops.cross_entropy_terms(logits, labels, None, 0, 9)
+    torch.library.opcheck(library_ops.logit_max.default, (logits, 9))
+    torch.library.opcheck(library_ops.cross_entropy_gradient.default, (logits, labels, largest, total, losses, 0, 9))
+    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+    torch.library.opcheck(library_ops.linear_cross_entropy.default, (x, weight, labels, None))
+
+
+def test_compiles_whole() -> None:
+    x, weight, labels = torch.randn(8, 6, requires_grad=True), torch.randn(20, 6, requires_grad=True), torch.arange(8)
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(x, weight, labels)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(compiled(x, weight), (x, weight))
+    for one, two in zip(ours, torch.autograd.grad(loss(x, weight), (x, weight)), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_refusals() -> None:
+    logits, labels = problem(4, 9, torch.float32)
+    with pytest.raises(KernelError, match=r"labels \(3,\) torch.int64"):
+        ops.token_losses(logits, labels[:3])
+    with pytest.raises(KernelError, match=r"must be \(T, H\), \(V, H\) and \(T,\)"):
+        ops.linear_cross_entropy(torch.zeros(2, 3), torch.zeros(5, 4), labels[:2])
+    with pytest.raises(KernelError, match="must be equal"):
+        ops.linear_cross_entropy(torch.zeros(4, 3), torch.zeros(5, 3).double(), labels)
+    assert reference.local_logit_max(logits, 0).isinf().all()
