@@ -61,6 +61,8 @@ inline vf within(vf x, float limit) {
 #endif
 }
 
+inline vd within(vd x, double limit) { return max(min(x, fill(limit)), fill(-limit)); }
+
 // 2^(a b) where |a b| <= 126, error 1.5 units in the last place. With a fused multiply-add the product is exact.
 inline vf exp2_of_product(vf a, vf b) {
     vf n = round_even(a * b), f = fma(a, b, -n);
@@ -84,15 +86,22 @@ inline vf inverse(vf x) {
 #endif
 }
 
-// 1 / (1 + e^-(a b)), error about 2 units in the last place, for c = b kSigmoidFactor, which most callers fold into their
-// constants. a b must be at most 87 from zero where a is `limit` from zero. tanh(x) is 2 sigmoid of 2x, minus 1.
+// s = 1 / (1 + e^-(a b)) and 1 - s, errors about 2 units in the last place, where |a b| is at most 87 (double: 700). Given is
+// c = b kSigmoidFactor, which callers fold into their constants. tanh(x) is 2s - 1 of 2x.
 template <class A>
 constexpr A kSigmoidFactor = sizeof(A) == sizeof(float) ? A(-0x1.71547652b82fep+0) : A(-1);
-inline vf sigmoid(vf a, vf c, float limit) {
-    vf value = inverse(1 + exp2_of_product(within(a, limit), c));
-    return a < -limit ? vf{} : value;
+template <class V>
+struct Sigmoid {
+    V value, rest;
+};
+inline Sigmoid<vf> sigmoid(vf a, vf c) {
+    vf power = exp2_of_product(a, c), value = inverse(1 + power);
+    return {value, power * value};
 }
-inline vd sigmoid(vd a, vd c, double) { return 1 / (1 + exp(a * c)); }
+inline Sigmoid<vd> sigmoid(vd a, vd c) {
+    vd power = exp(a * c), value = 1 / (1 + power);
+    return {value, power * value};
+}
 
 // The standard normal distribution at x: (1 + erf(x / sqrt(2))) / 2, and its density.
 template <class V>
@@ -100,16 +109,16 @@ struct Normal {
     V cumulative, density;
 };
 
-// The tail beyond |x| is e^(-x^2 / 2) times a slow function of |x|, here a polynomial in (|x| - k) / (|x| + k), which takes
-// the half line to [-1, 1]; the density needs the same e^(-x^2 / 2). For float k = 3.5, interpolated at Chebyshev points
-// of |x| < 9, where the tail is 1e-19, to 4e-8; for double k = 6, the whole half line, times 1 + |x|, to 1e-17.
+// The tail beyond |x| is e^(-x^2 / 2) times a slow function of |x|; the density needs the same power. That function is a
+// polynomial in |x| / (|x| + 3) for float, interpolated at Chebyshev points up to 7 with the exact value at zero: the tail is
+// right to 4e-9. For double it is one in (|x| - 6) / (|x| + 6), over 1 + |x|, right to 1e-17 of itself on the whole half line.
 inline Normal<vf> normal(vf x) {
     vf size = min(magnitude(x), fill(13.0f));  // the tail beyond is nothing beside x, and infinity stays out
-    vf t = fma(inverse(size + 3.5f), fill(-7.0f), fill(1.0f));
-    constexpr float coefficients[] = {0x1.8e1108p-12f, -0x1.6de4d0p-10f, -0x1.996abap-10f, 0x1.386642p-6f,
-                                      -0x1.f8f310p-5f, 0x1.01c05ep-3f,   -0x1.7f431ap-3f,  0x1.b396fap-4f};
-    vf p = fill(0x1.5df2c8p-13f);
-    for (float coefficient : coefficients) p = fma(p, t, fill(coefficient));
+    vf u = size * inverse(size + 3.0f);
+    constexpr float coefficients[] = {-0x1.396690p-7f, 0x1.15e36ap-4f, 0x1.523f0ap-5f,  -0x1.3c7ea0p-3f,
+                                      -0x1.26520ep-2f, 0x1.0d9d04p+0f, -0x1.32633ep+0f, 0.5f};
+    vf p = fill(-0x1.d675cap-7f);
+    for (float coefficient : coefficients) p = fma(p, u, fill(coefficient));
     vf bell = exp2_of_product(size * size, fill(-0x1.715476p-1f));
     bell = size < 13.0f ? bell : vf{};
     vf tail = p * bell;

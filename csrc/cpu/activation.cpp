@@ -30,17 +30,19 @@ template <int kind, class V>
 inline ValueAndSlope<V> evaluate(V x) {
     using A = std::remove_reference_t<decltype(x[0])>;
     if constexpr (kind == kGelu) {
-        Normal<V> at = normal(x);
+        const Normal<V> at = normal(x);
         return {x * at.cumulative, at.cumulative + x * at.density};
-    } else if constexpr (kind == kGeluTanh) {
-        // (1 + tanh(u)) / 2 = sigmoid(2u) with 2u = a x + b x^3.
-        constexpr A a = A(1.5957691216057308), b = a * A(0.044715);
-        constexpr A c = a * kSigmoidFactor<A>, d = b * kSigmoidFactor<A>;
-        V square = x * x, s = sigmoid(x, c + d * square, A(10));
-        return {x * s, s + x * s * (1 - s) * (a + 3 * b * square)};
     } else {
-        V s = sigmoid(x, fill(kSigmoidFactor<A>), A(87));
-        return {x * s, s + x * s * (1 - s)};
+        // SiLU is x sigmoid(x); the tanh form x sigmoid(a x + b x^3), because (1 + tanh(u)) / 2 = sigmoid(2u). Beyond `far`
+        // the sigmoid is 0 or 1 beside x.
+        constexpr bool is_tanh = kind == kGeluTanh, is_double = sizeof(A) == sizeof(double);
+        constexpr A far = is_tanh ? A(is_double ? 20 : 10) : A(is_double ? 700 : 87);
+        constexpr A a = A(1.5957691216057308), b = a * A(0.044715), f = kSigmoidFactor<A>;
+        const V near = within(x, far), square = near * near;
+        Sigmoid<V> s = is_tanh ? sigmoid(near, f * a + f * b * square) : sigmoid(near, fill(f));
+        s.value = x < -far ? V{} : s.value;
+        const V value = x * s.value;
+        return {value, s.value + value * s.rest * (is_tanh ? a + 3 * b * square : fill(A(1)))};
     }
 }
 
