@@ -22,7 +22,7 @@ inline int useful_threads(int threads, int64_t bytes) {
 
 // f(part) for part in [0, parts), in any order.
 template <class F>
-void for_each_part(int64_t parts, int threads, F&& f) {
+void for_each_part(int64_t parts, [[maybe_unused]] int threads, F&& f) {
 #ifdef _OPENMP
     if (threads > 1 && parts > 1) {
 #pragma omp parallel for num_threads(static_cast<int>(std::min<int64_t>(threads, parts))) schedule(static)
