@@ -31,7 +31,7 @@ CXX_FLAGS = (
 )
 # Here nothing may be fused but what says fma: random numbers must be the same bits on every set, and differences of equal
 # products must be zero.
-UNFUSED = ("random", "dropout", "norm")
+UNFUSED = ("random", "dropout", "norm", "optimizer")
 NOT_PER_SET = ("tables",)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trilith.kernels.ops.optimizer import ADAM, Update
 from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
 
 # After so many steps both corrections 1 - beta^t are exactly 1: how the fused kernel is told to leave them out.
@@ -34,9 +35,16 @@ class Adam(ElementwiseOptimizer):
 
     state_roles = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, partitions: Sequence[FlatPartition], options: AdamOptions) -> None:
-        super().__init__(partitions)
+    def __init__(self, partitions: Sequence[FlatPartition], options: AdamOptions, backend: str = "auto") -> None:
+        super().__init__(partitions, backend)
         self.options = options
+
+    def _native_update(self, group: SliceGroup, values: Tensor) -> Update:
+        options, step = self.options, self.num_steps + 1
+        values[2] = 1.0 - options.betas[0] ** step if options.bias_correction else 1.0
+        values[3] = (1.0 - options.betas[1] ** step) ** 0.5 if options.bias_correction else 1.0
+        decay = options.weight_decay * group.key[1]
+        return Update(ADAM, values, options.betas, decay, options.eps, decoupled=options.decoupled_decay)
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         lr_mult, decay_mult = group.key

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilith.kernels.ops.optimizer import Arrays, Prepared, Update, is_native
 from trilith.optim.groups import GroupKey, Segment
 from trilith.sharding import ShardSpec
 
@@ -107,22 +108,48 @@ class ElementwiseOptimizer(Optimizer):
     """Updates each element for itself, so that any cut of the parameters gives the same result: one group at a time.
 
     `scales_by_itself`: whether `_update` divides by `grad_scale`, so that it need not be done before, in another pass.
+    `backend`: which implementation updates; the native one does all in one pass, whatever the gradients' dtype.
     """
 
     scales_by_itself = True
 
-    def __init__(self, partitions: Sequence[FlatPartition]) -> None:
+    def __init__(self, partitions: Sequence[FlatPartition], backend: str = "auto") -> None:
         super().__init__(partitions)
+        self.backend = backend
         self._partitions = tuple(partitions)
         self._groups: dict[tuple[int, ...], tuple[SliceGroup, ...]] = {}
+        self._prepared: dict[tuple[tuple[int, ...], int], Prepared | None] = {}
+        self._values = torch.zeros(5, dtype=torch.float64)
 
     @abstractmethod
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         """Update one group in place; `grad_scale` (fp32 scalar) divides the gradients first."""
 
+    def _native_update(self, group: SliceGroup, values: Tensor) -> Update | None:
+        """The native update of a group; its `values` are filled in but for what Adam adds. None: there is none."""
+        return None
+
+    def _step_natively(self, parts: tuple[int, ...], number: int, lr: float, grad_scale: float) -> bool:
+        """Update group `number` of some partitions natively, if that is possible."""
+        key, group = (parts, number), self.groups_of(parts)[number]
+        if key not in self._prepared:
+            arrays = Arrays(group.parameters, group.gradients, tuple(group.states[role] for role in self.state_roles))
+            self._prepared[key] = Prepared(arrays) if is_native(arrays, self.backend) else None
+        prepared = self._prepared[key]
+        if prepared is None:
+            return False
+        self._values[0], self._values[1], self._values[4] = lr * group.key[0], 1.0 / grad_scale, self.num_steps == 0
+        update = self._native_update(group, self._values)
+        if update is None:
+            return False
+        prepared.run(update)
+        return True
+
     def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
         """Update the slices of some partitions in place, group by group."""
-        for group in self.groups_of(parts):
+        for number, group in enumerate(self.groups_of(parts)):
+            if self._step_natively(parts, number, lr, grad_scale):
+                continue
             master, scale = group.parameters[0].dtype, None
             if grad_scale != 1.0 and self.scales_by_itself:
                 scale = torch.full((), grad_scale, dtype=torch.float32, device=group.parameters[0].device)
@@ -141,6 +168,7 @@ class ElementwiseOptimizer(Optimizer):
         """Take weights and gradients of `partitions`, and the tensors of `state`, from where they are now."""
         self._partitions = tuple(partitions)
         self._groups.clear()
+        self._prepared.clear()
 
 
 OptimizerFactory = Callable[[Sequence[FlatPartition]], Optimizer]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trilith.kernels.ops.optimizer import LION, Update
 from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, batches
 
 
@@ -28,9 +29,12 @@ class Lion(ElementwiseOptimizer):
     state_roles = ("exp_avg",)
     scales_by_itself = False
 
-    def __init__(self, partitions: Sequence[FlatPartition], options: LionOptions) -> None:
-        super().__init__(partitions)
+    def __init__(self, partitions: Sequence[FlatPartition], options: LionOptions, backend: str = "auto") -> None:
+        super().__init__(partitions, backend)
         self.options = options
+
+    def _native_update(self, group: SliceGroup, values: Tensor) -> Update:
+        return Update(LION, values, self.options.betas, self.options.weight_decay * group.key[1])
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         lr_mult, decay_mult = group.key

@@ -18,13 +18,14 @@ from trilith.optim.whole import ALONE
 from trilith.topology import Group
 
 
-def make_optimizer(config: Any, tp: Group = ALONE) -> OptimizerFactory:
+def make_optimizer(config: Any, tp: Group = ALONE, backend: str = "auto") -> OptimizerFactory:
     """A factory for the resolved config section `optimizer`: from flat partitions to an optimizer over them.
 
     `"Adam"` means AdamW unless `params.adam_w_mode` is false, as in DeepSpeed. `tp`: the tensor-parallel group, over which
-    optimizers that treat tensors as a whole communicate.
+    optimizers that treat tensors as a whole communicate. `backend`: which implementation updates (config key
+    `kernels.optimizer`).
     """
-    return _MAKERS[config.type](config, tp)
+    return _MAKERS[config.type](config, tp, backend)
 
 
 def needs_whole_tensors(config: Any) -> bool:
@@ -32,7 +33,7 @@ def needs_whole_tensors(config: Any) -> bool:
     return config.type in ("Lamb", "Muon")
 
 
-def _adam(config: Any, tp: Group) -> OptimizerFactory:
+def _adam(config: Any, tp: Group, backend: str) -> OptimizerFactory:
     params = config.params
     options = AdamOptions(
         betas=(params.betas[0], params.betas[1]),
@@ -41,27 +42,27 @@ def _adam(config: Any, tp: Group) -> OptimizerFactory:
         decoupled_decay=config.decoupled_decay,
         bias_correction=params.bias_correction,
     )
-    return lambda partitions: Adam(partitions, options)
+    return lambda partitions: Adam(partitions, options, backend)
 
 
-def _sgd(config: Any, tp: Group) -> OptimizerFactory:
+def _sgd(config: Any, tp: Group, backend: str) -> OptimizerFactory:
     params = config.params
     options = SGDOptions(params.momentum, params.dampening, params.nesterov, params.weight_decay)
-    return lambda partitions: SGD(partitions, options)
+    return lambda partitions: SGD(partitions, options, backend)
 
 
-def _lion(config: Any, tp: Group) -> OptimizerFactory:
+def _lion(config: Any, tp: Group, backend: str) -> OptimizerFactory:
     options = LionOptions((config.params.betas[0], config.params.betas[1]), config.params.weight_decay)
-    return lambda partitions: Lion(partitions, options)
+    return lambda partitions: Lion(partitions, options, backend)
 
 
-def _adagrad(config: Any, tp: Group) -> OptimizerFactory:
+def _adagrad(config: Any, tp: Group, backend: str) -> OptimizerFactory:
     params = config.params
     options = AdagradOptions(params.eps, params.weight_decay, params.lr_decay, params.initial_accumulator_value)
     return lambda partitions: Adagrad(partitions, options)
 
 
-def _lamb(config: Any, tp: Group) -> OptimizerFactory:
+def _lamb(config: Any, tp: Group, backend: str) -> OptimizerFactory:
     params = config.params
     options = LambOptions(
         betas=(params.betas[0], params.betas[1]),
@@ -76,7 +77,7 @@ def _lamb(config: Any, tp: Group) -> OptimizerFactory:
     return lambda partitions: Lamb(partitions, options, tp)
 
 
-def _muon(config: Any, tp: Group) -> OptimizerFactory:
+def _muon(config: Any, tp: Group, backend: str) -> OptimizerFactory:
     params = config.params
     options = MuonOptions(
         momentum=params.momentum,
@@ -104,7 +105,7 @@ def _matrix_rule(param_groups: Any) -> IsMatrix:
     return is_matrix
 
 
-_MAKERS: MappingProxyType[str, Callable[[Any, Group], OptimizerFactory]] = MappingProxyType(
+_MAKERS: MappingProxyType[str, Callable[[Any, Group, str], OptimizerFactory]] = MappingProxyType(
     {
         "AdamW": _adam,
         "Adam": _adam,

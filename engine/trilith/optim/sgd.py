@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trilith.kernels.ops.optimizer import SGD as _SGD
+from trilith.kernels.ops.optimizer import Update
 from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
 
 
@@ -24,10 +26,15 @@ class SGDOptions:
 class SGD(ElementwiseOptimizer):
     """SGD. State: `momentum_buffer` where there is momentum; it starts as the first gradient, undampened."""
 
-    def __init__(self, partitions: Sequence[FlatPartition], options: SGDOptions) -> None:
+    def __init__(self, partitions: Sequence[FlatPartition], options: SGDOptions, backend: str = "auto") -> None:
         self.options = options
         self.state_roles = ("momentum_buffer",) if options.momentum else ()
-        super().__init__(partitions)
+        super().__init__(partitions, backend)
+
+    def _native_update(self, group: SliceGroup, values: Tensor) -> Update:
+        options, decay = self.options, self.options.weight_decay * group.key[1]
+        betas, nesterov = (options.momentum, 0.0), options.nesterov
+        return Update(_SGD, values, betas, decay, dampening=options.dampening, decoupled=False, nesterov=nesterov)
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         lr_mult, decay_mult = group.key

@@ -25,6 +25,7 @@ from trilith import comm
 from trilith.config import Config, load_config, resolve
 from trilith.errors import TrilithError
 from trilith.failpoints import Failpoints
+from trilith.kernels.backends import chosen
 from trilith.kernels.weight_queue import WeightQueue
 from trilith.layers.deferred_linear import DeferredLinear, defer_linears
 from trilith.layers.recompute import FULL
@@ -185,7 +186,8 @@ class PipelineEngine:
         for index, queue in queues.items():
             if queue is not None:
                 self._deferred += defer_linears(self._stages[index], queue)
-        groups, make_optimizer_ = multipliers(config.optimizer.param_groups), make_optimizer(config.optimizer)
+        groups = multipliers(config.optimizer.param_groups)
+        make_optimizer_ = make_optimizer(config.optimizer, backend=chosen(config.kernels).optimizer)
         whole = needs_whole_tensors(config.optimizer)
         sharding = Sharding(layout.unit_names, layout.tied_units, groups, make_optimizer_, whole_tensors=whole)
         policy = PrecisionPolicy.from_config(config)

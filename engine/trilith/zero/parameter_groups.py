@@ -11,6 +11,7 @@ from torch import nn
 
 from trilith.config import Config
 from trilith.errors import TrilithError
+from trilith.kernels.backends import chosen
 from trilith.optim.foreign import ForeignOptimizer, groups_of_optimizer
 from trilith.optim.groups import GroupKey, GroupOf, multipliers
 from trilith.optim.make import make_optimizer, needs_whole_tensors
@@ -40,7 +41,8 @@ def sharding_for(declared: Declared, module: nn.Module, config: Config, given: G
         if given.model_parameters is not None:
             rule = groups_of_parameters(given.model_parameters, trained, config, rule)
         whole = needs_whole_tensors(config.optimizer)
-        return Sharding(units, frozenset(), rule, make_optimizer(config.optimizer), whole_tensors=whole)
+        factory = make_optimizer(config.optimizer, backend=chosen(config.kernels).optimizer)
+        return Sharding(units, frozenset(), rule, factory, whole_tensors=whole)
     if given.model_parameters is not None:
         raise TrilithError("model_parameters: an own optimizer has its parameters already. Hand in one of the two")
     own = groups_of_optimizer(optimizer, trained)

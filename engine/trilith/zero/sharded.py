@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trilith import comm
 from trilith.failpoints import Failpoints
+from trilith.kernels.backends import chosen
 from trilith.models.families import declare
 from trilith.optim.base import FlatPartition, Optimizer, OptimizerFactory
 from trilith.optim.clip import clip_factor
@@ -86,7 +87,7 @@ def sharding_of(config: Any, tp: Group) -> Sharding:
         unit_names=flat_unit_names(units),
         tied_units=tied_flat_units(units),
         group_of=multipliers(config.optimizer.param_groups),
-        make_optimizer=make_optimizer(config.optimizer, tp),
+        make_optimizer=make_optimizer(config.optimizer, tp, chosen(config.kernels).optimizer),
         whole_tensors=needs_whole_tensors(config.optimizer),
     )
 
