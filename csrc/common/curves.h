@@ -149,8 +149,8 @@ struct Normal {
 };
 
 // The tail beyond |x| is e^(-x^2 / 2) times a slow function of |x|; the density needs the same power. That function is a
-// polynomial in |x| / (|x| + 3) for float, interpolated at Chebyshev points up to 7 with the exact value at zero: the tail is
-// right to 4e-9. For double it is one in (|x| - 6) / (|x| + 6), over 1 + |x|, right to 1e-17 of itself on the whole half line.
+// polynomial in |x| / (|x| + 3) for float, interpolated at Chebyshev points up to 7 with the exact value at zero: the tail
+// is right to 4e-9. For double it is one in (|x| - 6) / (|x| + 6), over 1 + |x|, right to 1e-17 of itself everywhere.
 template <int count>
 TRILITH_INLINE Normal<Group<vf, count>> normal(const Group<vf, count>& x) {
     using G = Group<vf, count>;

@@ -40,7 +40,8 @@ TRILITH_INLINE ValueAndSlope<Group<V, count>> evaluate(const Group<V, count>& x)
         constexpr A far = is_tanh ? A(is_double ? 20 : 10) : A(is_double ? 700 : 87);
         constexpr A a = A(1.5957691216057308), b = a * A(0.044715), f = kSigmoidFactor<A>;
         const G near = each(x, [=](V v) { return within(v, far); }), square = near * near;
-        const Sigmoid<G> s = sigmoid(near, each(square, [=](V v) { return is_tanh ? fma(v, fill(f * b), fill(f * a)) : fill(f); }));
+        const G factor = each(square, [=](V v) { return is_tanh ? fma(v, fill(f * b), fill(f * a)) : fill(f); });
+        const Sigmoid<G> s = sigmoid(near, factor);
         const G reached = each(s.value, x, [=](V v, V at) { return at < -far ? V{} : v; }), value = x * reached;
         const G inner = each(square, [=](V v) { return is_tanh ? fma(v, fill(3 * b), fill(a)) : fill(A(1)); });
         return {value, fma(value * s.rest, inner, reached)};
@@ -113,11 +114,10 @@ void forward(const T* x, const T* bias, T* y, int64_t rows, int64_t width, int t
     }
     for_each_piece(rows, used, 1, [&](int64_t begin, int64_t end) {
         with_store<T>(streamed, [&](auto&& put) {
-            for (int64_t row = begin; row < end; ++row)
+            for (int64_t at = begin * width; at < end * width; at += width)
                 each_evaluated<kind, A>(
-                    width,
-                    [&](int64_t i, int64_t lanes) { return load_some(x + row * width + i, lanes) + load_some(bias + i, lanes); },
-                    [&](int64_t i, int64_t lanes, Vec<A> value, Vec<A>) { put(y + row * width + i, value, lanes); });
+                    width, [&](int64_t i, int64_t lanes) { return load_some(x + at + i, lanes) + load_some(bias + i, lanes); },
+                    [&](int64_t i, int64_t lanes, Vec<A> value, Vec<A>) { put(y + at + i, value, lanes); });
         });
     });
 }
@@ -149,13 +149,12 @@ void bias_backward(const T* dy, const T* x, const T* bias, T* dx, T* dbias, int6
         A* sums = partial.get() + part * width;
         const Range range = part_of(rows, parts, part);
         with_store<T>(streamed, [&](auto&& put) {
-            for (int64_t row = range.begin; row < range.end; ++row)
+            for (int64_t at = range.begin * width; at < range.end * width; at += width)
                 each_evaluated<kind, A>(
-                    width,
-                    [&](int64_t i, int64_t lanes) { return load_some(x + row * width + i, lanes) + load_some(bias + i, lanes); },
+                    width, [&](int64_t i, int64_t lanes) { return load_some(x + at + i, lanes) + load_some(bias + i, lanes); },
                     [&](int64_t i, int64_t lanes, Vec<A>, Vec<A> slope) {
-                        const Vec<A> gradient = load_some(dy + row * width + i, lanes) * slope;
-                        put(dx + row * width + i, gradient, lanes);
+                        const Vec<A> gradient = load_some(dy + at + i, lanes) * slope;
+                        put(dx + at + i, gradient, lanes);
                         store_some(sums + i, load_some(sums + i, lanes) + gradient, lanes);
                     });
         });
