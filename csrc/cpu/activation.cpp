@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <memory>
 
-#include "common/math.h"
+#include "common/curves.h"
 #include "common/parallel.h"
 #include "cpu/kernels.h"
 
@@ -21,29 +21,53 @@ constexpr int64_t kMaxParts = 16, kMinRowsPerPart = 16;
 
 enum Kind { kGelu = 0, kGeluTanh = 1, kSilu = 2 };
 
-template <class V>
+template <class G>
 struct ValueAndSlope {
-    V value, slope;
+    G value, slope;
 };
 
-template <int kind, class V>
-inline ValueAndSlope<V> evaluate(V x) {
-    using A = std::remove_reference_t<decltype(x[0])>;
+template <int kind, class V, int count>
+TRILITH_INLINE ValueAndSlope<Group<V, count>> evaluate(const Group<V, count>& x) {
+    using A = Element<V>;
+    using G = Group<V, count>;
     if constexpr (kind == kGelu) {
-        const Normal<V> at = normal(x);
-        return {x * at.cumulative, at.cumulative + x * at.density};
+        const Normal<G> at = normal(x);
+        return {x * at.cumulative, fma(x, at.density, at.cumulative)};
     } else {
         // SiLU is x sigmoid(x); the tanh form x sigmoid(a x + b x^3), because (1 + tanh(u)) / 2 = sigmoid(2u). Beyond `far`
         // the sigmoid is 0 or 1 beside x.
         constexpr bool is_tanh = kind == kGeluTanh, is_double = sizeof(A) == sizeof(double);
         constexpr A far = is_tanh ? A(is_double ? 20 : 10) : A(is_double ? 700 : 87);
         constexpr A a = A(1.5957691216057308), b = a * A(0.044715), f = kSigmoidFactor<A>;
-        const V near = within(x, far), square = near * near;
-        Sigmoid<V> s = is_tanh ? sigmoid(near, f * a + f * b * square) : sigmoid(near, fill(f));
-        s.value = x < -far ? V{} : s.value;
-        const V value = x * s.value;
-        return {value, s.value + value * s.rest * (is_tanh ? a + 3 * b * square : fill(A(1)))};
+        const G near = each(x, [=](V v) { return within(v, far); }), square = near * near;
+        const G factor = each(square, [=](V v) { return is_tanh ? fma(v, fill(f * b), fill(f * a)) : fill(f); });
+        const Sigmoid<G> s = sigmoid(near, factor);
+        const G reached = each(s.value, x, [=](V v, V at) { return at < -far ? V{} : v; }), value = x * reached;
+        const G inner = each(square, [=](V v) { return is_tanh ? fma(v, fill(3 * b), fill(a)) : fill(A(1)); });
+        return {value, fma(value * s.rest, inner, reached)};
     }
+}
+
+// AVX-512 has 32 registers, the others 16.
+constexpr int kInStep = kBytes == 64 ? 4 : 2;
+
+// use(offset, lanes, value, slope) for each register of a row of n, whose argument is argument(offset, lanes).
+template <int kind, class A, class F, class G>
+TRILITH_INLINE void each_evaluated(int64_t n, F&& argument, G&& use) {
+    constexpr int64_t lanes = kLanes<A>;
+    int64_t i = 0;
+    for (; i + kInStep * lanes <= n; i += kInStep * lanes) {
+        Group<Vec<A>, kInStep> x;
+        for (int k = 0; k < kInStep; ++k) x.part[k] = argument(i + k * lanes, lanes);
+        const auto at = evaluate<kind>(x);
+        for (int k = 0; k < kInStep; ++k) use(i + k * lanes, lanes, at.value.part[k], at.slope.part[k]);
+    }
+    each_register<A>(n - i, [&](int64_t offset, int64_t count) {
+        Group<Vec<A>, 1> x;
+        x.part[0] = argument(i + offset, count);
+        const auto at = evaluate<kind>(x);
+        use(i + offset, count, at.value.part[0], at.slope.part[0]);
+    });
 }
 
 template <class F>
@@ -81,20 +105,19 @@ void forward(const T* x, const T* bias, T* y, int64_t rows, int64_t width, int t
     if (!bias) {
         for_each_piece(total, used, kGrain, [&](int64_t begin, int64_t end) {
             with_store<T>(streamed, [&](auto&& put) {
-                each_register<A>(end - begin, [&](int64_t i, int64_t lanes) {
-                    put(y + begin + i, evaluate<kind>(load_some(x + begin + i, lanes)).value, lanes);
-                });
+                each_evaluated<kind, A>(
+                    end - begin, [&](int64_t i, int64_t lanes) { return load_some(x + begin + i, lanes); },
+                    [&](int64_t i, int64_t lanes, Vec<A> value, Vec<A>) { put(y + begin + i, value, lanes); });
             });
         });
         return;
     }
     for_each_piece(rows, used, 1, [&](int64_t begin, int64_t end) {
         with_store<T>(streamed, [&](auto&& put) {
-            for (int64_t row = begin; row < end; ++row)
-                each_register<A>(width, [&](int64_t i, int64_t lanes) {
-                    Vec<A> v = load_some(x + row * width + i, lanes) + load_some(bias + i, lanes);
-                    put(y + row * width + i, evaluate<kind>(v).value, lanes);
-                });
+            for (int64_t at = begin * width; at < end * width; at += width)
+                each_evaluated<kind, A>(
+                    width, [&](int64_t i, int64_t lanes) { return load_some(x + at + i, lanes) + load_some(bias + i, lanes); },
+                    [&](int64_t i, int64_t lanes, Vec<A> value, Vec<A>) { put(y + at + i, value, lanes); });
         });
     });
 }
@@ -106,10 +129,11 @@ void backward(const T* dy, const T* x, T* dx, int64_t total, int threads) {
     const bool streamed = is_streamed(dx, total, total);
     for_each_piece(total, used, kGrain, [&](int64_t begin, int64_t end) {
         with_store<T>(streamed, [&](auto&& put) {
-            each_register<A>(end - begin, [&](int64_t i, int64_t lanes) {
-                Vec<A> slope = evaluate<kind>(load_some(x + begin + i, lanes)).slope;
-                put(dx + begin + i, load_some(dy + begin + i, lanes) * slope, lanes);
-            });
+            each_evaluated<kind, A>(
+                end - begin, [&](int64_t i, int64_t lanes) { return load_some(x + begin + i, lanes); },
+                [&](int64_t i, int64_t lanes, Vec<A>, Vec<A> slope) {
+                    put(dx + begin + i, load_some(dy + begin + i, lanes) * slope, lanes);
+                });
         });
     });
 }
@@ -125,14 +149,14 @@ void bias_backward(const T* dy, const T* x, const T* bias, T* dx, T* dbias, int6
         A* sums = partial.get() + part * width;
         const Range range = part_of(rows, parts, part);
         with_store<T>(streamed, [&](auto&& put) {
-            for (int64_t row = range.begin; row < range.end; ++row)
-                each_register<A>(width, [&](int64_t i, int64_t lanes) {
-                    const int64_t at = row * width + i;
-                    Vec<A> slope = evaluate<kind>(load_some(x + at, lanes) + load_some(bias + i, lanes)).slope;
-                    Vec<A> gradient = load_some(dy + at, lanes) * slope;
-                    put(dx + at, gradient, lanes);
-                    store_some(sums + i, load_some(sums + i, lanes) + gradient, lanes);
-                });
+            for (int64_t at = range.begin * width; at < range.end * width; at += width)
+                each_evaluated<kind, A>(
+                    width, [&](int64_t i, int64_t lanes) { return load_some(x + at + i, lanes) + load_some(bias + i, lanes); },
+                    [&](int64_t i, int64_t lanes, Vec<A>, Vec<A> slope) {
+                        const Vec<A> gradient = load_some(dy + at + i, lanes) * slope;
+                        put(dx + at + i, gradient, lanes);
+                        store_some(sums + i, load_some(sums + i, lanes) + gradient, lanes);
+                    });
         });
     });
     each_register<A>(width, [&](int64_t i, int64_t lanes) {
@@ -181,10 +205,11 @@ void glu_forward(int dtype, int kind, Address gate, Address up, Address y, int64
                     for (int64_t row = begin; row < end; ++row) {
                         const T *g = (const T*)gate + row * gate_stride, *u = (const T*)up + row * up_stride;
                         T* to = (T*)y + row * width;
-                        each_register<A>(width, [&](int64_t i, int64_t lanes) {
-                            Vec<A> value = evaluate<decltype(k)::value>(load_some(g + i, lanes)).value;
-                            put(to + i, value * load_some(u + i, lanes), lanes);
-                        });
+                        each_evaluated<decltype(k)::value, A>(
+                            width, [&](int64_t i, int64_t lanes) { return load_some(g + i, lanes); },
+                            [&](int64_t i, int64_t lanes, Vec<A> value, Vec<A>) {
+                                put(to + i, value * load_some(u + i, lanes), lanes);
+                            });
                     }
                 });
             });
@@ -207,12 +232,13 @@ void glu_backward(int dtype, int kind, Address dy, Address gate, Address up, Add
                         const T *g = (const T*)gate + row * gate_stride, *u = (const T*)up + row * up_stride;
                         const T* d = (const T*)dy + row * width;
                         T *dg = (T*)dgate + row * gradient_stride, *du = (T*)dup + row * gradient_stride;
-                        each_register<A>(width, [&](int64_t i, int64_t lanes) {
-                            auto at = evaluate<decltype(k)::value>(load_some(g + i, lanes));
-                            Vec<A> given = load_some(d + i, lanes);
-                            put(dg + i, given * load_some(u + i, lanes) * at.slope, lanes);
-                            put(du + i, given * at.value, lanes);
-                        });
+                        each_evaluated<decltype(k)::value, A>(
+                            width, [&](int64_t i, int64_t lanes) { return load_some(g + i, lanes); },
+                            [&](int64_t i, int64_t lanes, Vec<A> value, Vec<A> slope) {
+                                const Vec<A> given = load_some(d + i, lanes);
+                                put(dg + i, given * load_some(u + i, lanes) * slope, lanes);
+                                put(du + i, given * value, lanes);
+                            });
                     }
                 });
             });
