@@ -63,13 +63,13 @@ class KernelsConfig(ConfigModel):
         "All ops without a key of their own. auto: the native kernel where it was built and takes the tensors, else "
         "torch's op; fused: the native kernel or an error; torch: torch's op; reference: plain torch, as ops are defined.",
     )
-    norm: KernelName = key("auto", "LayerNorm and RMSNorm, with the residual's sum. auto: kernels.backend.")
-    activation: KernelName = key("auto", "GELU and SwiGLU. auto: kernels.backend.")
-    rotary: KernelName = key("auto", "Rotary positions. auto: kernels.backend.")
-    attention: KernelName = key("auto", "Attention. auto: kernels.backend.")
-    dropout: KernelName = key("auto", "Dropout of the residual stream. auto: kernels.backend.")
-    cross_entropy: KernelName = key("auto", "The loss. auto: kernels.backend.")
-    optimizer: KernelName = key("auto", "The optimizer's update and the gradient norm. auto: kernels.backend.")
+    norm: KernelName | None = key(None, "LayerNorm and RMSNorm, with the residual's sum. null: kernels.backend.")
+    activation: KernelName | None = key(None, "GELU and SwiGLU. null: kernels.backend.")
+    rotary: KernelName | None = key(None, "Rotary positions. null: kernels.backend.")
+    attention: KernelName | None = key(None, "Attention. null: kernels.backend.")
+    dropout: KernelName | None = key(None, "Dropout of the residual stream. null: kernels.backend.")
+    cross_entropy: KernelName | None = key(None, "The loss. null: kernels.backend.")
+    optimizer: KernelName | None = key(None, "The optimizer's update and the gradient norm. null: kernels.backend.")
 
 
 class TensorBoardConfig(ConfigModel):

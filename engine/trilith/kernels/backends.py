@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from typing import Any
-
-from trilith.kernels import library
 
 AUTO, FUSED, TORCH, REFERENCE = "auto", "fused", "torch", "reference"
 
@@ -29,13 +28,13 @@ DEFAULT = Backends()
 
 
 def chosen(kernels: Any) -> Backends:
-    """The config section `kernels` by family: `backend` where a family's own key is "auto"."""
+    """The config section `kernels` by family: `backend` where a family's own key is null."""
     own = {field.name: getattr(kernels, field.name) for field in fields(Backends)}
-    return Backends(**{name: kernels.backend if value == AUTO else value for name, value in own.items()})
+    return Backends(**{name: kernels.backend if value is None else value for name, value in own.items()})
 
 
 def native_families(backends: Backends) -> frozenset[str]:
     """The families that run natively on CPU tensors, on a machine like this one."""
-    if library.CPU is None:
+    if find_spec("trilith._kernels") is None:
         return frozenset()
     return frozenset(name for name, value in asdict(backends).items() if value in (AUTO, FUSED))

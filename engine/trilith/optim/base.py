@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilith.kernels.ops.optimizer import Arrays, Prepared, Update, is_native
+from trilith.kernels.ops.optimizer import Arrays, Update, is_native, update_arrays
 from trilith.optim.groups import GroupKey, Segment
 from trilith.sharding import ShardSpec
 
@@ -118,7 +118,7 @@ class ElementwiseOptimizer(Optimizer):
         self.backend = backend
         self._partitions = tuple(partitions)
         self._groups: dict[tuple[int, ...], tuple[SliceGroup, ...]] = {}
-        self._prepared: dict[tuple[tuple[int, ...], int], Prepared | None] = {}
+        self._arrays: dict[tuple[tuple[int, ...], int], Arrays | None] = {}
         self._values = torch.zeros(5, dtype=torch.float64)
 
     @abstractmethod
@@ -132,17 +132,17 @@ class ElementwiseOptimizer(Optimizer):
     def _step_natively(self, parts: tuple[int, ...], number: int, lr: float, grad_scale: float) -> bool:
         """Update group `number` of some partitions natively, if that is possible."""
         key, group = (parts, number), self.groups_of(parts)[number]
-        if key not in self._prepared:
+        if key not in self._arrays:
             arrays = Arrays(group.parameters, group.gradients, tuple(group.states[role] for role in self.state_roles))
-            self._prepared[key] = Prepared(arrays) if is_native(arrays, self.backend) else None
-        prepared = self._prepared[key]
-        if prepared is None:
+            self._arrays[key] = arrays if is_native(arrays, self.backend) else None
+        found = self._arrays[key]
+        if found is None:
             return False
         self._values[0], self._values[1], self._values[4] = lr * group.key[0], 1.0 / grad_scale, self.num_steps == 0
         update = self._native_update(group, self._values)
         if update is None:
             return False
-        prepared.run(update)
+        update_arrays(found, update)
         return True
 
     def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
@@ -168,7 +168,7 @@ class ElementwiseOptimizer(Optimizer):
         """Take weights and gradients of `partitions`, and the tensors of `state`, from where they are now."""
         self._partitions = tuple(partitions)
         self._groups.clear()
-        self._prepared.clear()
+        self._arrays.clear()
 
 
 OptimizerFactory = Callable[[Sequence[FlatPartition]], Optimizer]

@@ -20,8 +20,8 @@ def sum_of_squares(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
 
     The norms of rows of 1024 elements are taken in the tensor's dtype (fp32 for 16-bit ones) in one pass, and their
     squares summed in float64: as fast as torch's own norm, whose error grows with the length (3.6e-4 at 10 M elements),
-    and exact to about 1e-9 (1e-6 where all roundings fall one way); the native op sums in float64 throughout. Infinities and NaN come through. The result does
-    not depend on the number of threads.
+    and exact to about 1e-9 (1e-6 where all roundings fall one way); the native op sums in
+    float64 throughout. Infinities and NaN come through. The result does not depend on the number of threads.
     """
     if library.serves(tensor) and tensor.is_contiguous():
         return torch.tensor(native_sum_of_squares([tensor[start:stop] for start, stop in ranges]), dtype=torch.float64)

@@ -52,7 +52,7 @@ class Arrays:
 
 
 def is_native(arrays: Arrays, backend: str = "auto") -> bool:
-    """Whether `update` takes the arrays; raises KernelError where `backend` demands it and it does not."""
+    """Whether `update_arrays` takes the arrays; raises KernelError where `backend` demands it and it does not."""
     if backend in ("torch", "reference") or not arrays.weights:
         return False
     reason = _why_not(arrays)
@@ -83,57 +83,41 @@ def _why_not(arrays: Arrays) -> str:
     return ""
 
 
-class Prepared:
-    """Arrays with their addresses: what does not change from step to step is read from Python once."""
+def update_arrays(arrays: Arrays, update: Update) -> None:
+    """Update all arrays in place. Raises KernelError where lists are not parallel.
 
-    def __init__(self, arrays: Arrays) -> None:
-        """Raises KernelError where lists are not parallel."""
-        lengths = [x.numel() for x in arrays.weights]
-        lists = (arrays.weights, arrays.gradients, *arrays.moments, *([arrays.copies] if arrays.copies else []))
-        if any([x.numel() for x in tensors] != lengths for tensors in lists):
-            raise KernelError(
-                f"optimizer: arrays of {[len(x) for x in lists]} tensors: must be parallel, of equal sizes"
-            )
-        self.arrays = arrays
-        self._sizes = array("q", lengths)
-        self._places = [array("Q", [x.data_ptr() for x in tensors]) for tensors in lists]
-
-    def run(self, update: Update) -> None:
-        """Update all arrays in place."""
-        arrays = self.arrays
-        assert LIBRARY is not None
-        first = arrays.moments[0][0].dtype if arrays.moments else arrays.weights[0].dtype
-        step = LIBRARY.OptimizerStep(
-            update.kind,
-            DTYPES[arrays.weights[0].dtype],
-            DTYPES[arrays.gradients[0].dtype],
-            DTYPES[first],
-            DTYPES[arrays.copies[0].dtype] if arrays.copies else 0,
-            update.values.data_ptr(),
-            update.weight_decay,
-            *update.betas,
-            update.eps,
-            update.dampening,
-            update.decoupled,
-            update.nesterov,
-            update.clears_gradients,
-        )
-        places = [place.buffer_info()[0] for place in self._places]
-        num_moments = len(arrays.moments)
-        moments = places[2 : 2 + num_moments] + [0] * (2 - num_moments)
-        copies = places[2 + num_moments] if arrays.copies else 0
-        CPU.optimizer_step(
-            step,
-            *places[:2],
-            *moments,
-            copies,
-            self._sizes.buffer_info()[0],
-            len(self._sizes),
-            torch.get_num_threads(),
-        )
-        for tensors in (arrays.weights, *arrays.moments, arrays.copies):
-            for x in tensors:
-                torch.autograd.graph.increment_version(x)
+    Addresses are asked for each time: what is offloaded lies elsewhere in each step.
+    """
+    assert LIBRARY is not None
+    lengths, num_moments = [x.numel() for x in arrays.weights], len(arrays.moments)
+    lists = (arrays.weights, arrays.gradients, *arrays.moments, *([arrays.copies] if arrays.copies else []))
+    if any([x.numel() for x in tensors] != lengths for tensors in lists):
+        raise KernelError(f"optimizer: lists of {[len(x) for x in lists]} tensors: must be parallel, of equal sizes")
+    step = LIBRARY.OptimizerStep(
+        update.kind,
+        DTYPES[arrays.weights[0].dtype],
+        DTYPES[arrays.gradients[0].dtype],
+        DTYPES[(arrays.moments[0] if num_moments else arrays.weights)[0].dtype],
+        DTYPES[arrays.copies[0].dtype] if arrays.copies else 0,
+        update.values.data_ptr(),
+        update.weight_decay,
+        *update.betas,
+        update.eps,
+        update.dampening,
+        update.decoupled,
+        update.nesterov,
+        update.clears_gradients,
+    )
+    held = [array("Q", [x.data_ptr() for x in tensors]) for tensors in lists]
+    sizes = array("q", lengths)
+    weights, gradients, *rest = (addresses.buffer_info()[0] for addresses in held)
+    moments = rest[:num_moments] + [0] * (2 - num_moments)
+    copies = rest[num_moments] if arrays.copies else 0
+    at = sizes.buffer_info()[0]
+    CPU.optimizer_step(step, weights, gradients, *moments, copies, at, len(sizes), torch.get_num_threads())
+    for tensors in (arrays.weights, *arrays.moments, arrays.copies):
+        for x in tensors:
+            torch.autograd.graph.increment_version(x)
 
 
 def sum_of_squares(pieces: Sequence[Tensor]) -> float:
