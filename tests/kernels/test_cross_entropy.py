@@ -74,7 +74,7 @@ def test_linear_cross_entropy(tokens: int, vocab: int, dtype: torch.dtype, instr
     leaves = [i.detach().requires_grad_() for i in (x, weight)]
     total, losses = ops.linear_cross_entropy(*leaves, labels, mask)
     assert not losses.requires_grad and not losses[~mask].any()
-    torch.testing.assert_close(total.detach(), losses.sum())
+    torch.testing.assert_close(total.detach(), losses.sum(dtype=torch.float64))
     ours = [losses, *torch.autograd.grad(total * 1.0, leaves)]
     for value, other, truth in zip(ours, plain(x, weight), plain(x.double(), weight.double()), strict=True):
         floor = 64 * torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(dtype).eps
@@ -89,9 +89,37 @@ def test_linear_cross_entropy_scales_with_what_comes_back() -> None:
     twice = torch.autograd.grad(2.0 * ops.linear_cross_entropy(x, weight, labels)[0], (x, weight))
     for one, two in zip(once, twice, strict=True):
         assert torch.equal(2.0 * one, two)
-    with torch.no_grad():
+    halved = ops.linear_cross_entropy(x, weight, labels, gradient_scale=0.5)[0]
+    for one, two in zip(once, torch.autograd.grad(0.5 * halved, (x, weight)), strict=True):
+        assert torch.equal(0.5 * one, two), "the gradient that was expected: no product with it"
+
+
+def test_linear_cross_entropy_makes_what_is_asked_for() -> None:
+    """No gradient without grad mode; of x or of the weight alone where the other needs none."""
+    x, weight, labels = torch.randn(12, 6, requires_grad=True), torch.randn(30, 6), torch.randint(30, (12,))
+    truth = functional.cross_entropy(x @ weight.t(), labels, reduction="sum")
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        total, _ = ops.linear_cross_entropy(x, weight.requires_grad_(), labels)
+    assert not total.requires_grad and all(event.key != "aten::addmm_" for event in profile.key_averages())
+    torch.testing.assert_close(total, truth.detach().double())
+    for one, other in ((x, weight), (weight, x)):
+        other.requires_grad_(False), one.requires_grad_()
         total, _ = ops.linear_cross_entropy(x, weight, labels)
-    torch.testing.assert_close(total, functional.cross_entropy(x @ weight.t(), labels, reduction="sum").detach())
+        expected = functional.cross_entropy(x @ weight.t(), labels, reduction="sum")
+        pair = torch.autograd.grad(total, one)[0], torch.autograd.grad(expected, one)[0]
+        torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_linear_cross_entropy_in_fp16_keeps_small_gradients(scale: float) -> None:
+    """A mean's logit gradients lie below fp16's numbers: made for the loss scale they come through."""
+    x, weight = (torch.randn(n, 16).half().requires_grad_() for n in (64, 3000))
+    labels = torch.randint(3000, (64,))
+    truth = functional.cross_entropy(x.double() @ weight.double().t(), labels) * scale
+    total, _ = ops.linear_cross_entropy(x, weight, labels, gradient_scale=1.0)
+    found = torch.autograd.grad(total * (scale / 64), (x, weight))
+    for one, two in zip(found, torch.autograd.grad(truth, (x, weight)), strict=True):
+        assert float((one.double() - two).norm()) <= 3e-3 * float(two.norm()) + 1e-6
 
 
 def test_linear_cross_entropy_backward_twice() -> None:
@@ -160,7 +188,10 @@ def test_opcheck() -> None:
     torch.library.opcheck(library_ops.logit_max.default, (logits, 9))
     torch.library.opcheck(library_ops.cross_entropy_gradient.default, (logits, labels, largest, total, losses, 0, 9))
     x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
-    torch.library.opcheck(library_ops.linear_cross_entropy.default, (x, weight, labels, None))
+    torch.library.opcheck(library_ops.linear_cross_entropy.default, (x, weight, labels, None, 0.5, True, True))
+    torch.library.opcheck(
+        library_ops.linear_cross_entropy.default, (x.detach(), weight, labels, None, 1.0, False, True)
+    )
 
 
 def test_compiles_whole() -> None:
@@ -181,6 +212,8 @@ def test_refusals() -> None:
         ops.token_losses(logits, labels[:3])
     with pytest.raises(KernelError, match=r"must be \(T, H\), \(V, H\) and \(T,\)"):
         ops.linear_cross_entropy(torch.zeros(2, 3), torch.zeros(5, 4), labels[:2])
+    with pytest.raises(KernelError, match="gradient_scale"):
+        ops.linear_cross_entropy(torch.zeros(4, 3), torch.zeros(5, 3), labels, gradient_scale=0.0)
     with pytest.raises(KernelError, match="must be equal"):
         ops.linear_cross_entropy(torch.zeros(4, 3), torch.zeros(5, 3).double(), labels)
     assert reference.local_logit_max(logits, 0).isinf().all()

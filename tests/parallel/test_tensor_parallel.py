@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.harness import assert_close_named, run_ranks
 from tests.model_cases import gradients, make_stage, microbatch, small, tensor_topology, whole_gradients
 from trilith.layers.embedding import VocabularyShard
-from trilith.layers.loss import vocab_parallel_cross_entropy
+from trilith.layers.loss import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 from trilith.models.base import Split
 from trilith.topology import Group
 
@@ -129,6 +129,53 @@ def test_cross_entropy(degree: int, vocab_size: int) -> None:
     pairs["gradient"] = (torch.cat([rank[1] for rank in ranks], dim=-1), logits.grad)
     assert_close_named(pairs, rtol=1e-10, atol=1e-12)
     assert (ranks[0][0][~mask] == 0).all()
+
+
+def product_and_labels(vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden, weight, labels and mask."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn((2, 150, 8), generator=generator, dtype=torch.float64)
+    weight = torch.randn((vocab_size, 8), generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, vocab_size, (2, 150), generator=generator)
+    mask = torch.rand((2, 150), generator=generator) > 0.3
+    labels[~mask] = -100
+    return hidden, weight, labels, mask
+
+
+def product_on_rank(rank: int, world_size: int, vocab_size: int) -> tuple[Tensor, ...]:
+    return local_product(tensor_topology(world_size).tp, vocab_size)
+
+
+def local_product(group: Group, vocab_size: int) -> tuple[Tensor, ...]:
+    """Sum of the losses, this rank's part of the gradient of hidden, and that of its rows of the weight."""
+    hidden, weight, labels, mask = product_and_labels(vocab_size)
+    first, end, rows = Split(0, vocab_size, "padded").held(group.index, group.size)
+    local = torch.full((rows, 8), 1e4, dtype=torch.float64)
+    local[: end - first] = weight[first:end]
+    hidden.requires_grad_(), local.requires_grad_()
+    shard = VocabularyShard(first, end, rows, vocab_size)
+    total = vocab_parallel_linear_cross_entropy(hidden, local, (labels, mask), shard, group, 0.25)
+    (total * 0.25).backward()
+    assert hidden.grad is not None and local.grad is not None and not local.grad[end - first :].any()
+    return total.detach(), hidden.grad, local.grad[: end - first]
+
+
+@pytest.mark.parametrize(("degree", "vocab_size"), [(1, 61), (3, 61), (4, 5)])
+def test_product_and_cross_entropy(degree: int, vocab_size: int) -> None:
+    """In three chunks of tokens, between whose parts ranks communicate: as from logits made whole by one process."""
+    if degree == 1:
+        ranks = [local_product(tensor_topology().tp, vocab_size)]
+    else:
+        ranks = run_ranks(degree, product_on_rank, vocab_size)
+    hidden, weight, labels, _ = product_and_labels(vocab_size)
+    logits = (hidden.requires_grad_() @ weight.requires_grad_().mT).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=-100)
+    (expected * 0.25).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    pairs = {f"sum of rank {index}": (rank[0], expected.detach()) for index, rank in enumerate(ranks)}
+    pairs["hidden"] = (torch.stack([rank[1] for rank in ranks]).sum(0), hidden.grad)
+    pairs["weight"] = (torch.cat([rank[2] for rank in ranks]), weight.grad)
+    assert_close_named(pairs, rtol=1e-10, atol=1e-12)
 
 
 def test_cross_entropy_of_half_logits_is_computed_in_float32() -> None:

@@ -139,6 +139,27 @@ def test_recompute_changes_no_bit(model: ModelConfig, recompute: str, dtype: tor
     assert [name for name in kept if not torch.equal(kept[name], again[name])] == []
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@each_case
+def test_loss_without_logits_is_the_same(model: ModelConfig, recompute: str) -> None:
+    """Product and loss as one op: equal loss and gradients, for a loss scale that was not expected, too."""
+    batch = microbatch(model)
+    plain, fused = (make(model, recompute=recompute) for _ in range(2))
+    assert fused.head is not None and plain.head is not None and not plain.head.fuses
+    fused.head.fused_loss = True
+    expected, found = run(plain, batch), run(fused, batch)
+    assert_close_named({name: (found[name], expected[name]) for name in expected}, rtol=1e-11, atol=1e-14)
+    fused.zero_grad()
+    (fused({}, batch)["loss"] * 1024.0).backward()
+    scaled = {name: gradient for name, (_, gradient) in gradients(fused).items()}
+    assert_close_named({name: (scaled[name], expected[name] * 1024.0) for name in scaled}, rtol=1e-11, atol=1e-11)
+    seen = []
+    fused.observer = lambda unit, output, _: seen.append((unit, output.shape))
+    run(fused, batch)
+    assert seen[-1] == ("head", (3, 12, 61)), "an observer still sees logits"
+    assert "logits" in fused({}, replace(batch, labels=None))
+
+
 def saved_numel(stage: StageModel, batch: Microbatch) -> int:
     """Elements that forward keeps for backward, parameters left out."""
     known = {parameter.data_ptr() for parameter in stage.parameters()}

@@ -45,6 +45,36 @@ def vocab_parallel_cross_entropy(
     return _CrossEntropy.apply(logits, labels, loss_mask, shard, group, how)
 
 
+def vocab_parallel_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    batch: tuple[Tensor, Tensor | None],
+    shard: VocabularyShard,
+    group: Group,
+    gradient_scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """The sum of the losses of `vocab_parallel_cross_entropy`, a float64 scalar, for the logits x weight^T.
+
+    x (B, S, H), weight (rows, H), `batch` the labels and the mask (B, S). The logits never exist whole; the gradients of x
+    (this rank's part of a sum) and of weight are made in forward (`ops.linear_cross_entropy`), as if that of the result
+    were `gradient_scale`. All ranks of `group` must call it, with the same x.
+    """
+
+    def reduce(tensor: Tensor, op: str) -> None:
+        comm.all_reduce(tensor, group, op=op).wait()
+
+    split = None
+    if group.size > 1 or len(weight) != shard.vocab_size:
+        split = ops.SplitVocabulary(shard.first, shard.end - shard.first, reduce)
+    labels, mask = (None if t is None else t.reshape(-1) for t in batch)
+    assert labels is not None
+    total, _ = ops.linear_cross_entropy(
+        x.reshape(len(labels), -1), weight, labels, mask, gradient_scale=gradient_scale, split=split, backend=backend
+    )
+    return total
+
+
 class _WholeCrossEntropy(torch.autograd.Function):
     """One rank holds all columns: keeps the logits and natively two numbers a token."""
 

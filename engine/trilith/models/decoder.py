@@ -12,7 +12,7 @@ from trilith.layers.attention import Attention, AttentionDropout, HeadShard
 from trilith.layers.dropout import Dropout
 from trilith.layers.embedding import VocabularyShard
 from trilith.layers.linear import ColumnParallelLinear
-from trilith.layers.loss import LossSettings, vocab_parallel_cross_entropy
+from trilith.layers.loss import LossSettings, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 from trilith.layers.placement import Placement
 from trilith.layers.recompute import SELECTIVE
 from trilith.models.batch import Microbatch
@@ -23,12 +23,17 @@ from trilith.topology import Group
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What every unit of a stage is built from. `recompute` is `none`, `selective` or `full`; `seed` is the run's."""
+    """What every unit of a stage is built from. `recompute` is `none`, `selective` or `full`; `seed` is the run's.
+
+    `fused_loss`: the last product and the loss are one op, which never holds the logits whole and makes their gradients in
+    forward (`ops.linear_cross_entropy`): for last stages whose backward follows at once.
+    """
 
     model: ModelConfig
     placement: Placement
     seed: int
     recompute: str
+    fused_loss: bool = False
 
     def dropout(self, site: str) -> Dropout:
         """Dropout of the residual stream at `site`, a canonical name such as `layers.3.mlp`."""
@@ -91,14 +96,33 @@ class Head(nn.Module):
         super().__init__()
         self.group = settings.placement.group
         self.shard = vocabulary_shard(settings.model, self.group)
+        self.fused_loss = settings.fused_loss
         self.norm = norm
         # Nobody reads logits after the loss but an observer, before backward.
         self.how = LossSettings(settings.placement.backends.cross_entropy, overwrites_logits=True)
         self.output = ColumnParallelLinear(settings.model.hidden_size, self.shard.rows, False, settings.placement)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, S/t or S, H) to this rank's logits (B, S, rows), those of padding rows included."""
-        return self.output(self.norm(hidden))
+    @property
+    def fuses(self) -> bool:
+        """Whether the loss may come without logits now: not where the weight's gradient is put off."""
+        queue = self.output.placement.queue
+        return self.fused_loss and (queue is None or not queue.defers)
+
+    def forward(self, hidden: Tensor, batch: Microbatch | None = None) -> Tensor:
+        """(B, S/t or S, H) to this rank's logits (B, S, rows), those of padding rows included.
+
+        With a batch, for which `fuses` must hold, to its `loss`, without logits.
+        """
+        normal = self.norm(hidden)
+        if batch is None:
+            return self.output(normal)
+        assert batch.labels is not None
+        x, weight = self.output.placement.enter(normal), self.output.weight
+        labels = (batch.labels, batch.loss_mask)
+        # In fp16 the small gradients of a mean would be lost before the loss scale comes.
+        scale = 1.0 if weight.dtype == torch.float16 else batch.loss_weight
+        total = vocab_parallel_linear_cross_entropy(x, weight, labels, self.shard, self.group, scale, self.how.backend)
+        return total * batch.loss_weight
 
     def loss(self, logits: Tensor, batch: Microbatch) -> Tensor:
         """Sum of the token losses times `batch.loss_weight`: a float64 scalar, the same on all tensor ranks."""

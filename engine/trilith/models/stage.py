@@ -72,6 +72,8 @@ class StageModel(nn.Module):
             self._observed(f"layers.{index}", hidden, batch)
         if self.head is None:
             return {"hidden": hidden}
+        if batch.labels is not None and self.head.fuses and self.observer is None:
+            return {"loss": self.head(hidden, batch)}
         logits = self._observed(HEAD, self.head(hidden), batch)
         return {"logits": logits} if batch.labels is None else {"loss": self.head.loss(logits, batch)}
 

@@ -16,11 +16,12 @@ from trilith.kernels.ops.cross_entropy import (
 )
 from trilith.kernels.ops.dropout import dropout, dropout_add
 from trilith.kernels.ops.linear import linear
-from trilith.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from trilith.kernels.ops.linear_cross_entropy import SplitVocabulary, linear_cross_entropy
 from trilith.kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from trilith.kernels.ops.rotary import rotary, rotary_packed
 
 __all__ = [
+    "SplitVocabulary",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
