@@ -105,7 +105,7 @@ def cases(benchmark: Benchmark, rounds: int) -> None:
 
 
 def _stream() -> Callable[[], None]:
-    """As many bytes with next to no arithmetic: momentum SGD, which reads 3 arrays, writes 2, on 28 / 20 of the elements."""
+    """As many bytes with next to no arithmetic: momentum SGD (reads 3 arrays, writes 2) on 28 / 20 of the elements."""
     numel = NUMEL * 28 // 20
     weight, slope, moment = torch.zeros(numel), torch.zeros(numel), torch.zeros(numel)
     arrays = Arrays([weight], [slope], [[moment]])

@@ -33,15 +33,15 @@ _RESERVED = ("rank", "world_size", "store_path", "context")
 
 
 def rank_environment(num_ranks: int, threads_per_rank: int, run_id: str) -> dict[str, str]:
-    """The environment of the fork server and the ranks: this process's, with threads, allocator, network device and run id set.
+    """The environment of fork server and ranks: this process's, with threads, allocator, network device and run id set.
 
-    OpenMP reads its variables when torch loads. Ranks that fill the machine must not spin while they wait: two ranks
+    OpenMP reads its variables when torch loads. Several ranks that fill the machine must not spin while they wait: two ranks
     of two threads on two cores ran at 13-56 % of their speed. gloo's device is the loopback, so nothing listens
     outside.
     """
     environment = dict(os.environ)
     environment["OMP_NUM_THREADS"] = str(threads_per_rank)
-    if num_ranks * threads_per_rank >= len(os.sched_getaffinity(0)):
+    if num_ranks > 1 and num_ranks * threads_per_rank >= len(os.sched_getaffinity(0)):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
     environment["GLOO_SOCKET_IFNAME"] = "lo"
     environment.setdefault("GLIBC_TUNABLES", _ALLOCATOR)
