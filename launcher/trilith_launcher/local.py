@@ -35,7 +35,7 @@ _RESERVED = ("rank", "world_size", "store_path", "context")
 def rank_environment(num_ranks: int, threads_per_rank: int, run_id: str) -> dict[str, str]:
     """The environment of fork server and ranks: this process's, with threads, allocator, network device and run id set.
 
-    OpenMP reads its variables when torch loads. Several ranks that fill the machine must not spin while they wait: two ranks
+    OpenMP reads its variables when torch loads. Ranks that fill the machine together must not spin while they wait: two
     of two threads on two cores ran at 13-56 % of their speed. gloo's device is the loopback, so nothing listens
     outside.
     """

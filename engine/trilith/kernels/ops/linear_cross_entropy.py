@@ -118,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_tokens(num_tokens: int) -> int:
-    """In equal chunks, because a small one at the end would read all weights, too; whole registers where that is allowed."""
+    """Equal chunks, because a small one at the end would read all weights, too; whole registers where that is allowed."""
     exact = -(-num_tokens // _PARTS)
     grained = -(-exact // _GRAIN) * _GRAIN
     return max(1, min(grained if 8 * grained < num_tokens else exact, _MOST_TOKENS))
