@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/tables.h"
+#include "data/bind.h"
+#include "io/bind.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -48,6 +50,8 @@ PYBIND11_MODULE(_kernels, module) {
     module.doc() = "Kernels of csrc/. Call them through trilith.kernels.ops, which checks what they do not.";
     bind_structs(module);
     bind_cpu(module);
+    trilith::data::bind(module);
+    trilith::io::bind(module);
 #ifdef _OPENMP
     module.attr("has_openmp") = true;
 #else

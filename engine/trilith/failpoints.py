@@ -85,6 +85,11 @@ class Failpoints:
         """The failpoints that TRILITH_FAILPOINT arms for `rank`; ConfigError lists what it gets wrong."""
         return Failpoints(tuple(p for p in parse(environment.get(VARIABLE, "")) if p.rank in (None, rank)))
 
+    def is_armed(self, name: str) -> bool:
+        """Whether a pass of `name` may act."""
+        assert name in REGISTERED, name
+        return name in self._armed
+
     def hit(self, name: str) -> None:
         """Pass the failpoint `name`, one of REGISTERED; acts if it is armed for this pass."""
         assert name in REGISTERED, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -128,18 +129,20 @@ def test_order_depends_on_seed_and_split() -> None:
 
 def test_runs_cover_the_stream_in_document_order() -> None:
     tokens = stream()
-    laid = [run for k in range(24) for run in tokens.runs(8 * k)]
-    assert all(run.length > 0 for run in laid)
+    found = tokens.runs(8 * np.arange(24))
+    runs_of = [list(zip(*(part[low:high].tolist() for part in (found.slots, found.offsets, found.lengths)), strict=True))
+               for low, high in pairwise(found.starts.tolist())]  # fmt: skip
+    laid = [run for runs in runs_of for run in runs]
+    assert all(length > 0 for _, _, length in laid)
     seen: dict[int, list[int]] = {}
     for k in range(24):
-        runs = tokens.runs(8 * k)
-        assert sum(run.length for run in runs) == 9
-        for run in runs:
-            seen.setdefault(run.document, []).extend(range(run.offset, run.offset + run.length))
+        assert sum(length for _, _, length in runs_of[k]) == 9
+        for document, offset, length in runs_of[k]:
+            seen.setdefault(document, []).extend(range(offset, offset + length))
     # Neighbouring samples share one token: every other token of the 193 that are covered is seen once.
     total = Counter((document, offset) for document, offsets in seen.items() for offset in offsets)
     assert len(total) == 24 * 8 + 1 and sorted(total.values()) == [1] * (24 * 8 + 1 - 23) + [2] * 23
-    order = list(dict.fromkeys(run.document for run in laid))
+    order = list(dict.fromkeys(document for document, _, _ in laid))
     assert order != sorted(order), "documents are in a seeded order"
     assert 10 not in order, "an empty document is passed over"
 

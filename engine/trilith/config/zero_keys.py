@@ -123,4 +123,4 @@ class AioConfig(ConfigModel):
 
     block_size: Count = key(1_048_576, "Bytes of one read or write.", "bytes")
     queue_depth: Count = key(8, "Blocks that are under way at once.", "blocks")
-    intra_op_parallelism: Count = key(1, "Threads that read and write.", "threads")
+    intra_op_parallelism: Count = key(1, "Cores that copying and checking of blocks may take.", "threads")

@@ -124,14 +124,15 @@ class DatasetSource:
     def windows(self, ids: Ids) -> npt.NDArray[np.int64]:
         """(n, sequence_length + 1) int64 tokens of the samples `ids` (n,)."""
         rows = np.empty((len(ids), self.sequence_length + 1), dtype=np.int64)
-        for row, position in zip(rows, self._stream.positions(ids).tolist(), strict=True):
-            filled = 0
-            for run in self._stream.runs(position):
-                which = int(np.searchsorted(self._bases, run.document, side="right")) - 1
-                document = run.document - int(self._bases[which])
-                part = self._datasets[which].get_document(document, run.offset, run.length)
-                row[filled : filled + run.length] = part
-                filled += run.length
+        runs = self._stream.runs(self._stream.positions(ids))
+        which = np.searchsorted(self._bases, runs.slots, side="right") - 1
+        documents = runs.slots - self._bases[which]
+        ends = np.cumsum(runs.lengths)  # samples lie behind each other, and so do their rows
+        flat = rows.reshape(-1)
+        for dataset, document, offset, length, end in zip(
+            which.tolist(), documents.tolist(), runs.offsets.tolist(), runs.lengths.tolist(), ends.tolist(), strict=True
+        ):
+            flat[end - length : end] = self._datasets[dataset].get_document(document, offset, length)
         return rows
 
 

@@ -11,12 +11,13 @@ walking (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.index import Runs, sample_runs
 from trilith.errors import DataError
 from trilith.rng import stream_key
 
@@ -104,15 +105,6 @@ def split_documents(num_documents: int, ratio: Sequence[float], split: str) -> I
     return np.sort(order[bounds[index] : bounds[index + 1]])
 
 
-@dataclass(frozen=True)
-class TokenRun:
-    """`length` consecutive tokens of document `document`, from token `offset` on."""
-
-    document: int
-    offset: int
-    length: int
-
-
 class TokenStream:
     """The samples of one split: documents in a seeded order, laid end to end, cut and permuted anew every epoch.
 
@@ -147,18 +139,13 @@ class TokenStream:
             slots[chosen] = permute(within[chosen])
         return slots * self.sequence_length
 
-    def runs(self, position: int) -> list[TokenRun]:
-        """The document parts that make up the sequence_length + 1 tokens from `position` of the stream on."""
-        found: list[TokenRun] = []
-        missing = self.sequence_length + 1
-        at = int(np.searchsorted(self._ends, position, side="right"))
-        while missing:
-            start = int(self._ends[at - 1]) if at else 0
-            length = min(int(self._ends[at]) - position, missing)
-            if length:
-                found.append(TokenRun(int(self._documents[at]), position - start, length))
-            position, missing, at = position + length, missing - length, at + 1
-        return found
+    def runs(self, positions: Ids) -> Runs:
+        """The document parts that make up the sequence_length + 1 tokens from each of `positions` (n,) of the stream on.
+
+        The `slots` are document numbers here.
+        """
+        runs = sample_runs(self._ends, positions, self.sequence_length + 1)
+        return replace(runs, slots=self._documents[runs.slots])
 
 
 def sample_ids_for(step: int, batch_size: int) -> Ids:

@@ -6,39 +6,42 @@ background threads. Which bytes, and when they must be back, others know.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import threading
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import xxhash
 from torch import Tensor
 
 from trilith.errors import OffloadError
 from trilith.failpoints import Failpoints
-from trilith.zero.disk_file import MAX_BLOCK_BYTES, BlockFile, Moved, disk_budget, reason, round_up
-from trilith.zero.disk_queue import BlockQueue, Ticket
+from trilith.kernels import library
+from trilith.zero.disk_file import MAX_BLOCK_BYTES, BlockFile, disk_budget, reason, round_up
+from trilith.zero.disk_native import NativeTransfers
+from trilith.zero.disk_threads import ThreadTransfers
+from trilith.zero.disk_transfer import Cause, Fault, Ticket, Transfer, Transfers
 
 __all__ = ["DiskStore", "Ticket", "disk_budget"]
 
 
 @dataclass
 class _Slot:
-    """The place of a key: `num_bytes` from `offset`. `hashes` are those of its blocks as they were last written."""
+    """The place of a key: `num_bytes` from `offset`. `checksums` are those of its blocks as they were last written."""
 
     key: str
+    number: int
     offset: int
     num_bytes: int
-    hashes: list[int]
+    checksums: array[int] | None
     last_write: Ticket | None = field(default=None)
 
 
 class DiskStore:
     """Slots for tensors, by key, in a file of `rank` in `directory` that vanishes with the process.
 
-    Blocks of `block_bytes` (rounded up to a multiple of 4096) move in `threads` threads, at most `queue_depth` of them at
-    once. With `checksum`, what a read brings back is compared with what was written. `capacity_bytes` limits the file.
+    Blocks of `block_bytes` (rounded up to a multiple of 4096) move at most `queue_depth` at once, and `threads` take a
+    core for it. With `checksum`, what a read brings back is compared with what was written. `capacity_bytes` limits the
+    file.
     Made after a fork, not before. Raises OffloadError if `directory` cannot hold a file.
     """
 
@@ -60,22 +63,26 @@ class DiskStore:
         self._checksum, self._capacity_bytes = checksum, capacity_bytes
         self._failpoints = failpoints or Failpoints()
         self._slots: dict[str, _Slot] = {}
-        self._lock = threading.Lock()
-        self._bytes_read = self._bytes_written = self._bytes_reserved = 0
+        self._bytes_reserved = 0
         self._process, self._is_closed = os.getpid(), False
         self._file = BlockFile(directory, rank, self._block_bytes)
-        # A thread has one block under way, so more threads than queue_depth would only wait.
-        self._queue = BlockQueue(min(threads, queue_depth), f"trilith-offload-rank{rank}")
+        how = (self._file, threads, queue_depth, self._block_bytes)
+        native, name = library.LIBRARY, f"trilith-offload-rank{rank}"
+        self._transfers: Transfers = (
+            ThreadTransfers(*how, name, self._failpoints)
+            if native is None
+            else NativeTransfers(native, *how, f"offload-rank{rank}", self._failpoints)
+        )
 
     @property
     def bytes_read(self) -> int:
         """Bytes that reads have brought back."""
-        return self._bytes_read
+        return self._transfers.bytes_read
 
     @property
     def bytes_written(self) -> int:
         """Bytes that writes have put away."""
-        return self._bytes_written
+        return self._transfers.bytes_written
 
     @property
     def bytes_reserved(self) -> int:
@@ -103,7 +110,8 @@ class DiskStore:
         if number:
             free = self._file.free_bytes()
             raise OffloadError(f"{what}: {offset} bytes are reserved, {free} free: {reason(number)}")
-        self._slots[key] = _Slot(key, offset, num_bytes, [0] * -(-num_bytes // self._block_bytes))
+        checksums = array("Q", [0] * -(-num_bytes // self._block_bytes)) if self._checksum else None
+        self._slots[key] = _Slot(key, len(self._slots), offset, num_bytes, checksums)
         self._bytes_reserved = end
 
     def write(self, key: str, tensor: Tensor) -> Ticket:
@@ -111,12 +119,8 @@ class DiskStore:
 
         It must not change before the ticket's wait, which raises OffloadError if the disk does not take it.
         """
-        slot, address = self._slot(key, tensor), tensor.data_ptr()
-
-        def run(index: int, tensor: Tensor = tensor) -> None:  # the default keeps the memory alive
-            self._write_block(slot, address, index)
-
-        slot.last_write = self._queue.submit(key, len(slot.hashes), run)
+        slot = self._slot(key, tensor)
+        slot.last_write = self._begin(slot, tensor, None)
         return slot.last_write
 
     def read(self, key: str, tensor: Tensor) -> Ticket:
@@ -125,19 +129,14 @@ class DiskStore:
         It holds nothing sure before the ticket's wait, which raises OffloadError if the bytes are not to be had, or not
         those that were written.
         """
-        slot, address = self._slot(key, tensor), tensor.data_ptr()
-        write = slot.last_write
-        assert write is not None, f"{key!r} is read before it is written"
-
-        def run(index: int, tensor: Tensor = tensor) -> None:
-            self._read_block(slot, write, address, index)
-
-        return self._queue.submit(key, len(slot.hashes), run)
+        slot = self._slot(key, tensor)
+        assert slot.last_write is not None, f"{key!r} is read before it is written"
+        return self._begin(slot, tensor, slot.last_write)
 
     def wait_all(self) -> None:
         """Wait for all operations; raises the errors of those that nobody waited for."""
         self._assert_open()
-        self._queue.wait_all()
+        self._transfers.wait_all()
 
     def close(self) -> None:
         """Finish what was begun, end the threads, let the file go; raises the errors of operations nobody waited for.
@@ -148,7 +147,7 @@ class DiskStore:
             return
         self._assert_open()
         try:
-            self._queue.close()
+            self._transfers.close()
         except Exception:
             self._let_go()
             raise
@@ -169,62 +168,35 @@ class DiskStore:
         assert tensor.nbytes == slot.num_bytes, (key, tensor.nbytes, slot.num_bytes)
         return slot
 
-    def _extent(self, slot: _Slot, index: int) -> tuple[int, int]:
-        """(start in the slot, bytes) of a block."""
-        start = index * self._block_bytes
-        return start, min(self._block_bytes, slot.num_bytes - start)
+    def _begin(self, slot: _Slot, tensor: Tensor, source: Ticket | None) -> Ticket:
+        def explain(fault: Fault) -> OffloadError:
+            return self._explain(slot, source, fault)
 
-    def _write_block(self, slot: _Slot, address: int, index: int) -> None:
-        start, size = self._extent(slot, index)
-        if self._checksum:
-            slot.hashes[index] = _hash(address + start, size)
-        try:
-            self._failpoints.hit("offload_write")
-            moved = self._file.write(address + start, size, slot.offset + start)
-        except OSError as error:
-            moved = Moved(0, error.errno or 0)
-        if moved.num_bytes < size:
-            raise self._failure("write", slot, start, size, moved)
-        with self._lock:
-            self._bytes_written += size
+        transfer = Transfer(slot.number, source is None, tensor, slot.offset, explain, slot.checksums, source)
+        return self._transfers.submit(transfer)
 
-    def _read_block(self, slot: _Slot, write: Ticket, address: int, index: int) -> None:
-        if write.error is not None:
-            raise OffloadError(
-                f"{self._place()}: cannot read {slot.key!r}, its last write failed: {write.error}"
-            ) from write.error
-        start, size = self._extent(slot, index)
-        try:
-            self._failpoints.hit("offload_read")
-            moved = self._file.read(address + start, size, slot.offset + start)
-        except OSError as error:
-            moved = Moved(0, error.errno or 0)
-        if moved.num_bytes < size:
-            raise self._failure("read", slot, start, size, moved)
-        if self._checksum and _hash(address + start, size) != slot.hashes[index]:
-            raise OffloadError(
-                f"{self._place()}: {slot.key!r} came back changed: the checksum of its {size} bytes from {start} is not "
-                "that of what was written. The disk or memory is faulty: see the kernel's log (dmesg), set another "
-                "nvme_path, resume from the last checkpoint"
+    def _explain(self, slot: _Slot, source: Ticket | None, fault: Fault) -> OffloadError:
+        """The error of a block; `source` is the write that was read, None where the fault is a write's."""
+        if fault.cause is Cause.SOURCE:
+            assert source is not None
+            return OffloadError(f"{self._place()}: cannot read {slot.key!r}, its last write failed: {source.error}")
+        if fault.cause is Cause.CHANGED:
+            return OffloadError(
+                f"{self._place()}: {slot.key!r} came back changed: the checksum of its {fault.size} bytes from "
+                f"{fault.start} is not that of what was written. The disk or memory is faulty: see the kernel's log "
+                "(dmesg), set another nvme_path, resume from the last checkpoint"
             )
-        with self._lock:
-            self._bytes_read += size
-
-    def _failure(self, verb: str, slot: _Slot, start: int, size: int, moved: Moved) -> OffloadError:
-        cause = reason(moved.errno)
-        if not moved.errno:
+        cause = reason(fault.moved.errno)
+        if not fault.moved.errno:
             cause = (
                 f"the file was cut short. Something else changed it: let nothing else write to {self._directory}, and "
                 "resume from the last checkpoint"
             )
+        verb = "write" if source is None else "read"
         return OffloadError(
-            f"{self._place()}: cannot {verb} {slot.key!r} at its byte {start} of {slot.num_bytes} (offset "
-            f"{slot.offset + start} of the file): {moved.num_bytes} of {size} bytes done: {cause}"
+            f"{self._place()}: cannot {verb} {slot.key!r} at its byte {fault.start} of {slot.num_bytes} (offset "
+            f"{slot.offset + fault.start} of the file): {fault.moved.num_bytes} of {fault.size} bytes done: {cause}"
         )
 
     def _place(self) -> str:
         return f"rank {self._rank}: offload file in {self._directory}"
-
-
-def _hash(address: int, num_bytes: int) -> int:
-    return xxhash.xxh3_64_intdigest((ctypes.c_char * num_bytes).from_address(address))

@@ -1,7 +1,7 @@
-"""The file of a rank's offloaded bytes, and the one class that reads and writes blocks of it.
+"""The file of a rank's offloaded bytes: where it lies, its room on the disk, and reads and writes of blocks of it.
 
-`BlockFile` is the seam for another way of io: it takes addresses, byte counts and offsets, and answers with the bytes moved
-and an errno, as a C library would. Everything here is Linux.
+csrc/io reads and writes it natively by the same rules; the methods here are for where that was not built. Everything
+here is Linux.
 
 The file has no name: whatever ends the process, SIGKILL included, the kernel frees it. Io is direct (O_DIRECT) where
 the file system knows it. What is offloaded does not fit into memory, so the page cache would only push out what does;
@@ -25,6 +25,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from trilith.errors import OffloadError
@@ -84,7 +85,7 @@ class BlockFile:
 
     def __init__(self, directory: str | Path, rank: int, block_bytes: int) -> None:
         assert block_bytes % ALIGNMENT == 0 and 0 < block_bytes <= MAX_BLOCK_BYTES, block_bytes
-        self._block_bytes = block_bytes
+        self._directory, self._block_bytes = directory, block_bytes
         self._buffers = threading.local()
         self._allocated = 0
         self._descriptors: list[int] = []
@@ -99,6 +100,13 @@ class BlockFile:
         self.is_direct = direct is not None
         if direct is not None:
             self._descriptors.append(direct)
+        self._native: Any = None
+
+    def native(self, library: ModuleType) -> Any:
+        """The file as csrc/io reads and writes it; it ends before `close`."""
+        direct = self._descriptors[-1] if self.is_direct else -1
+        self._native = library.io.AsyncFile(self._descriptors[0], direct, True, str(self._directory))
+        return self._native
 
     def allocate(self, num_bytes: int) -> int:
         """Make the file `num_bytes` long, its blocks on the disk; returns an errno. What it held stays."""
@@ -114,6 +122,8 @@ class BlockFile:
                 os.ftruncate(self._descriptors[0], self._allocated)
             return error.errno or errno.EIO
         self._allocated = num_bytes
+        if self._native is not None:
+            self._native.require_bytes(num_bytes)
         return 0
 
     def free_bytes(self) -> int:

@@ -10,7 +10,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
 
-from trilith.errors import OffloadError
+from trilith.zero.disk_transfer import raise_all
 
 
 class Ticket:
@@ -79,12 +79,7 @@ class BlockQueue:
             while self._of_key:
                 self._idle.wait()
             failed, self._failed = self._failed, []
-        errors = [ticket.error for ticket in failed if ticket.error is not None]
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            lines = [f"{len(errors)} operations failed:", *(f"  {error}" for error in errors)]
-            raise OffloadError("\n".join(lines)) from errors[0]
+        raise_all([ticket.error for ticket in failed if ticket.error is not None])
 
     def close(self) -> None:
         """Finish what was submitted and end the threads; raises what `wait_all` raises."""
