@@ -21,14 +21,6 @@ void bind_structs(py::module_& module) {
     py::class_<AttentionRule>(module, "AttentionRule")
         .def(py::init<bool, int64_t, Address, Address, Address, Address, int64_t, int64_t, Address, int64_t, uint32_t, uint32_t,
                       uint32_t>());
-    py::class_<OptimizerStep>(module, "OptimizerStep")
-        .def(py::init([](int kind, int weight_dtype, int gradient_dtype, int moment_dtype, int copy_dtype, Address values, double decay,
-                         double beta1, double beta2, double eps, double dampening, bool decoupled, bool nesterov,
-                         bool clears_gradient) {
-            return OptimizerStep{static_cast<OptimizerKind>(kind), weight_dtype, gradient_dtype, moment_dtype, copy_dtype,
-                                 reinterpret_cast<const double*>(values), decay, beta1, beta2, eps, dampening, decoupled, nesterov,
-                                 clears_gradient};
-        }));
 }
 
 // A submodule for each instruction set that this processor runs.

@@ -265,11 +265,16 @@ template <class V>
 inline V min(V a, V b) {
     return a < b ? a : b;
 }
+#if defined(__SSE2__)
+inline vf sqrt(vf a) { return (vf)_mm_sqrt_ps((__m128)a); }
+inline vd sqrt(vd a) { return (vd)_mm_sqrt_pd((__m128d)a); }
+#else
 template <class V>
 inline V sqrt(V a) {
     for (size_t i = 0; i < sizeof a / sizeof a[0]; ++i) a[i] = std::sqrt(a[i]);
     return a;
 }
+#endif
 template <class V>
 inline V fma(V a, V b, V c) {
     return a * b + c;

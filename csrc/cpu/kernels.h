@@ -29,17 +29,6 @@ struct AttentionRule {
     uint32_t key_first, key_second, dropout_threshold;
 };
 
-enum class OptimizerKind : int { adam = 0, lion = 1, sgd = 2 };
-// What an update of a parameter group depends on. `values` fp64 in memory, which change from step to step: learning rate, the
-// factor of the gradient, Adam's 1 - beta1^t and sqrt(1 - beta2^t), and whether it is the first step. SGD's momentum is beta1.
-struct OptimizerStep {
-    OptimizerKind kind;
-    int weight_dtype, gradient_dtype, moment_dtype, copy_dtype;
-    const double* values;
-    double decay, beta1, beta2, eps, dampening;
-    bool decoupled, nesterov, clears_gradient;
-};
-
 // The ops of one instruction set as a table of functions: bindings.cpp lets Python choose among the tables.
 #define TRILITH_CPU_OPS(OP) \
     OP(norm_forward) \
@@ -60,7 +49,9 @@ struct OptimizerStep {
     OP(cross_entropy_terms) \
     OP(cross_entropy_gradient) \
     OP(cross_entropy_fused) \
-    OP(optimizer_step) \
+    OP(adam) \
+    OP(lion) \
+    OP(sgd) \
     OP(sum_of_squares)
 
 namespace base {

@@ -1,11 +1,16 @@
-// Optimizer updates over flat shards, each in one pass, and the sum of squares of a gradient.
+// Adam and AdamW (Kingma and Ba 2015; Loshchilov and Hutter 2019), Lion (Chen et al. 2023) and SGD with momentum in
+// torch's form, over slices of flat buffers; and the sum of squares that gradients are clipped by.
 //
-// A chunk of every array passes through registers once: the gradient times its factor (loss scale and clipping in one), the
-// moments, the weight; while the chunk is in the first cache, the weight's copy in fewer bits is written and the gradient cleared.
-// AdamW moves 28 bytes a parameter in fp32 (reads 4 arrays, writes 3), 2 more for a 16-bit copy, 4 more to clear the gradient.
-// Each number is computed for itself, in the same order of operations wherever it lies and without fused ones, so that results do
-// not depend on how a shard is cut, nor on threads or instruction set. Adam: Kingma and Ba 2015; AdamW: Loshchilov and Hutter
-// 2019; Lion: Chen et al. 2023.
+// An optimizer is bound by memory: AdamW in fp32 must read weight, gradient and two moments and write three of them, 28
+// bytes an element. So everything that touches the same elements happens in that one pass: gradients of any format are
+// widened, divided by the loss scale and clipped on the way in, the module's own weights (2 bytes more in bf16) are
+// rounded and the gradients zeroed on the way out. All slices are one row of elements, cut evenly over the threads. What
+// changes from step to step is read from memory.
+//
+// Nothing is contracted here (setup.py): every lane, every tail and every instruction set rounds the same sums and
+// products in the same order, so a result does not depend on how a shard is cut or on the processor. Averages are moved
+// towards the new value by a part of the distance, which keeps the digits of 1 - beta that beta itself has lost; decay
+// and step leave the weight in one subtraction.
 #include <vector>
 
 #include "common/parallel.h"
@@ -16,195 +21,366 @@ namespace trilith::TRILITH_ISA {
 
 namespace {
 
-constexpr int64_t kChunk = 4096, kSquaresChunk = 1 << 16;
+// --- memory in one format, numbers in another ---------------------------------------------------------------------------
 
-// Adds the squares of a register to two registers of doubles.
-inline void add_squares(vd* sums, vd x) { sums[0] = fma(x, x, sums[0]); }
-inline void add_squares(vd* sums, vf x) {
-    typename VecOf<float, kBytes / 2>::type low, high;
-    std::memcpy(&low, &x, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
-    const vd a = __builtin_convertvector(low, vd), b = __builtin_convertvector(high, vd);
-    sums[0] = fma(a, a, sums[0]);
-    sums[1] = fma(b, b, sums[1]);
+template <class A, class T>
+inline Vec<A> load_as(const T* p, int64_t count) {
+    if constexpr (std::is_same_v<wide_t<T>, A>) {
+        return load_some(p, count);
+    } else {
+        Vec<A> v{};
+        for (int64_t lane = 0; lane < count; ++lane) v[lane] = static_cast<A>(load_one(p + lane));
+        return v;
+    }
+}
+template <class T, class V>
+inline void store_as(T* p, V v, int64_t count) {
+    using A = std::remove_reference_t<decltype(v[0])>;
+    if constexpr (std::is_same_v<wide_t<T>, std::remove_const_t<A>>)
+        store_some(p, v, count);
+    else
+        for (int64_t lane = 0; lane < count; ++lane) store_one(p + lane, static_cast<wide_t<T>>(v[lane]));
 }
 
-// The chunks of a list of arrays, dealt as one sequence.
-struct Chunks {
-    std::vector<int64_t> first;  // of each array, and behind the last
-    Chunks(const int64_t* sizes, int64_t count, int64_t chunk) : first(static_cast<size_t>(count) + 1) {
-        for (int64_t i = 0; i < count; ++i)
-            first[static_cast<size_t>(i) + 1] = first[static_cast<size_t>(i)] + (sizes[i] + chunk - 1) / chunk;
-    }
-    int64_t total() const { return first.back(); }
-    // Calls f(array, begin, end) for the chunks [from, to).
-    template <class F>
-    void each(const int64_t* sizes, int64_t chunk, int64_t from, int64_t to, F&& f) const {
-        size_t array = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), from) - first.begin()) - 1;
-        for (int64_t at = from; at < to; ++at) {
-            while (at >= first[array + 1]) ++array;
-            const int64_t begin = (at - first[array]) * chunk;
-            f(array, begin, std::min(begin + chunk, sizes[array]));
+// A state is stored as it is, but in bf16: there a moment's change of a part in a thousand would always be rounded away,
+// so it is rounded up with the probability of what is cut off. The random bits are a hash of `seeds`, weights and
+// gradients of the step, so that they do not depend on where an element lies.
+template <class T, class V>
+inline void store_state(T* p, V v, V, V, uint32_t, int64_t count) {
+    store_some(p, v, count);
+}
+inline void store_state(bf16* p, vf v, vf weight, vf gradient, uint32_t salt, int64_t count) {
+    vu hash = ((vu)weight ^ salt) * 0x85EBCA6Bu;
+    hash = (hash ^ (hash >> 15) ^ (vu)gradient) * 0xC2B2AE35u;
+    hash = (hash ^ (hash >> 13)) * 0x27D4EB2Fu;
+    vu bits = (vu)v, dithered = (bits + (hash >> 16)) & 0xFFFF0000u;
+    const vu exponent = bits & 0x7F800000u;
+    store_some(p, exponent == 0x7F800000u ? v : (vf)dithered, count);
+}
+
+// --- one pass over all slices -------------------------------------------------------------------------------------------
+
+struct Slice {
+    Address parameter, gradient, states[2], weight;
+    int64_t numel;
+};
+static_assert(sizeof(Slice) == 6 * 8, "a row of the caller's table");
+
+struct Multipliers {
+    double lr, decay;
+};
+
+constexpr int64_t kBlock = 1024, kLineBytes = 64;
+
+// What all optimizers are called with.
+struct Update {
+    const Slice* slices;
+    const Multipliers* multipliers;
+    int64_t count;
+    DType weight_dtype;
+    bool zeroes_gradients;
+    int threads;
+};
+
+// Writes the new values of `n` elements, which the cache still has, to the module's own weights.
+template <class P, class W>
+void copy_weights(const P* from, W* to, int64_t n) {
+    if constexpr (std::is_same_v<wide_t<W>, P>) {
+        if (streams(to, n)) {
+            for (int64_t i = 0; i < n; i += kLanes<P>) stream(to + i, load(from + i));
+            return;
         }
+    }
+    each_register<P>(n, [&](int64_t i, int64_t count) { store_as(to + i, load_some(from + i, count), count); });
+}
+
+// One register of elements from `i` on, or its first `count`. The rule changes weight and states in place.
+template <class P, class G, class M, class Rule>
+[[gnu::always_inline]] inline void update_register(const Slice& slice, const Rule& rule, int64_t i, int64_t count) {
+    P* const parameter = (P*)slice.parameter + i;
+    M* const first = (M*)slice.states[0] + i;
+    M* const second = (M*)slice.states[1] + i;
+    Vec<P> p = load_some(parameter, count), m{}, v{};
+    const Vec<P> g = load_as<P>((const G*)slice.gradient + i, count);
+    if constexpr (Rule::num_states > 0) m = load_some(first, count);
+    if constexpr (Rule::num_states > 1) v = load_some(second, count);
+    rule(p, g, m, v);
+    store_some(parameter, p, count);
+    if constexpr (Rule::num_states > 0) store_state(first, m, p, g, 0x9E3779B9u, count);
+    if constexpr (Rule::num_states > 1) store_state(second, v, p, g, 0x7F4A7C15u, count);
+}
+
+template <class P, class G, class M, class Rule>
+[[gnu::noinline]] void update_some(const Slice& slice, const Rule& rule, int64_t i, int64_t count) {
+    update_register<P, G, M>(slice, rule, i, count);
+}
+
+template <class P, class G, class M, class Rule>
+[[gnu::noinline]] void update_block(const Slice& given_slice, const Rule& given_rule, int64_t begin, int64_t end) {
+    // Copies that nothing points to: no store can change them, so their members stay in registers.
+    const Slice slice = given_slice;
+    const Rule rule = given_rule;
+    int64_t i = begin;
+    for (; i + kLanes<P> <= end; i += kLanes<P>) update_register<P, G, M>(slice, rule, i, kLanes<P>);
+    if (i < end) update_some<P, G, M>(given_slice, given_rule, i, end - i);
+}
+
+// Elements [begin, end) of one slice, by blocks that stay in the nearest cache.
+template <class P, class G, class M, class Rule>
+void update_slice(const Update& update, const Slice& slice, const Rule& rule, int64_t begin, int64_t end) {
+    // The slices of a flat buffer begin anywhere, but alike in all of them: blocks begin where memory's lines do.
+    const int64_t past = (int64_t)((slice.parameter + (uintptr_t)begin * sizeof(P)) % kLineBytes / sizeof(P));
+    int64_t next = std::min<int64_t>(begin + kBlock - past, end);
+    for (; begin < end; begin = next, next = std::min(begin + kBlock, end)) {
+        update_block<P, G, M>(slice, rule, begin, next);
+        if (slice.weight)
+            with_dtype(update.weight_dtype, [&](auto tag) {
+                using W = typename decltype(tag)::type;
+                copy_weights((const P*)slice.parameter + begin, (W*)slice.weight + begin, next - begin);
+            });
+        if (update.zeroes_gradients)
+            std::memset((G*)slice.gradient + begin, 0, static_cast<size_t>(next - begin) * sizeof(G));
+    }
+    if (slice.weight) stream_fence();
+}
+
+template <class P, class G, class M, class MakeRule>
+void update_all(const Update& update, MakeRule&& make_rule) {
+    int64_t total = 0;
+    for (int64_t s = 0; s < update.count; ++s) total += update.slices[s].numel;
+    const int threads = useful_threads(update.threads, total * (int64_t)(2 * sizeof(P) + sizeof(G) + 4 * sizeof(M)));
+    for_each_piece(total, threads, 1024, [&](int64_t begin, int64_t end) {
+        int64_t at = 0;
+        for (int64_t s = 0; s < update.count && at < end; at += update.slices[s++].numel) {
+            const Slice& slice = update.slices[s];
+            const int64_t from = std::max<int64_t>(begin - at, 0), to = std::min(end - at, slice.numel);
+            if (from < to) update_slice<P, G, M>(update, slice, make_rule(update.multipliers[s]), from, to);
+        }
+    });
+}
+
+// Calls f with tags of the types of weights, gradients and states; states are fp32, bf16, or fp64 beside fp64 weights.
+template <class F>
+void with_dtypes(int parameter, int gradient, int state, F&& f) {
+    with_dtype(static_cast<DType>(gradient), [&](auto g) {
+        if (static_cast<DType>(parameter) == DType::f64)
+            f(Tag<double>(), g, Tag<double>());
+        else if (static_cast<DType>(state) == DType::bf16)
+            f(Tag<float>(), g, Tag<bf16>());
+        else
+            f(Tag<float>(), g, Tag<float>());
+    });
+}
+
+// --- the rules ----------------------------------------------------------------------------------------------------------
+
+// What changes from step to step, as it lies in memory.
+struct Step {
+    double lr, clip_factor, loss_scale, correction1, correction2, is_first;
+    double scale() const { return clip_factor / loss_scale; }
+};
+static_assert(sizeof(Step) == 6 * 8, "the caller's array");
+
+// average + (1 - beta) (value - average), from the end that is nearer.
+template <class A>
+struct Average {
+    A part, rest;
+    bool is_short;
+    explicit Average(double beta) : part(static_cast<A>(1 - beta)), rest(static_cast<A>(beta)), is_short(beta > 0.5) {}
+    [[gnu::always_inline]] Vec<A> operator()(Vec<A> average, Vec<A> value) const {
+        const Vec<A> distance = value - average;
+        return is_short ? average + distance * part : value - distance * rest;
     }
 };
 
 template <class A>
-struct Constants {
-    A lr, factor, decay, beta1, beta2, eps, step_size, root_correction, dampening;
-    bool decoupled, nesterov, is_first;
-    explicit Constants(const OptimizerStep& step)
-        : lr(static_cast<A>(step.values[0])),
-          factor(static_cast<A>(step.values[1])),
-          decay(static_cast<A>(step.decay)),
-          beta1(static_cast<A>(step.beta1)),
-          beta2(static_cast<A>(step.beta2)),
-          eps(static_cast<A>(step.eps)),
-          step_size(static_cast<A>(step.values[0] / step.values[2])),
-          root_correction(static_cast<A>(step.values[3])),
-          dampening(static_cast<A>(step.dampening)),
-          decoupled(step.decoupled),
-          nesterov(step.nesterov),
-          is_first(step.values[4] != 0.0) {}
+struct AdamRule {
+    static constexpr int num_states = 2;
+    Average<A> mean, square;
+    A scale, l2, decay, size, eps;
+    bool has_l2, has_decay;
+
+    [[gnu::always_inline]] void operator()(Vec<A>& p, Vec<A> g, Vec<A>& m, Vec<A>& v) const {
+        g *= scale;
+        if (has_l2) g += p * l2;
+        m = mean(m, g);
+        const Vec<A> gg = g * g;
+        v = v < std::numeric_limits<A>::infinity() ? square(v, gg) : v + gg;  // infinity stays, where a distance is NaN
+        Vec<A> change = m * size / (sqrt(v) + eps);
+        if (has_decay) change += p * decay;
+        p -= change;
+    }
 };
 
 template <class A>
-inline void adam(const Constants<A>& c, Vec<A>& weight, Vec<A> slope, Vec<A>& average, Vec<A>& square) {
-    if (c.decoupled)
-        weight = weight * (1 - c.lr * c.decay);
-    else if (c.decay != 0)
-        slope = slope + weight * c.decay;
-    average = average + (slope - average) * (1 - c.beta1);
-    square = square * c.beta2 + slope * slope * (1 - c.beta2);
-    weight = weight - average * c.step_size / (sqrt(square) / c.root_correction + c.eps);
-}
+struct LionRule {
+    static constexpr int num_states = 1;
+    Average<A> direction, mean;
+    A scale, decay, size;
 
-template <class A>
-inline void lion(const Constants<A>& c, Vec<A>& weight, Vec<A> slope, Vec<A>& average) {
-    const Vec<A> direction = average + (slope - average) * (1 - c.beta1);
-    const Vec<A> sign = direction > 0 ? fill(A(1)) : direction < 0 ? fill(A(-1)) : direction;  // 0 and NaN stay
-    weight = weight * (1 - c.lr * c.decay) - sign * c.lr;
-    average = average + (slope - average) * (1 - c.beta2);
-}
-
-template <class A>
-inline void sgd(const Constants<A>& c, Vec<A>& weight, Vec<A> slope, Vec<A>* momentum) {
-    if (c.decay != 0) slope = slope + weight * c.decay;
-    if (momentum) {
-        *momentum = c.is_first ? slope : *momentum * c.beta1 + slope * (1 - c.dampening);
-        slope = c.nesterov ? slope + *momentum * c.beta1 : *momentum;
+    [[gnu::always_inline]] void operator()(Vec<A>& p, Vec<A> g, Vec<A>& m, Vec<A>&) const {
+        g *= scale;
+        const Vec<A> toward = direction(m, g), zero{};
+        const Vec<A> change = toward > zero ? zero + size : toward < zero ? zero - size : zero;
+        m = mean(m, g);
+        p -= p * decay + change;
     }
-    weight = weight - slope * c.lr;
-}
+};
 
-// A: weights; G: gradients; M: moments.
-template <class A, class G, class M>
-void update(const OptimizerStep& step, const Address* const arrays[5], const int64_t* sizes, int64_t from, int64_t to,
-            const Chunks& chunks) {
-    const Constants<A> c(step);
-    const bool has_second = step.kind == OptimizerKind::adam;
-    const bool has_first = has_second || step.kind == OptimizerKind::lion || step.beta1 != 0.0;
-    chunks.each(sizes, kChunk, from, to, [&](size_t array, int64_t begin, int64_t end) {
-        A* weights = (A*)arrays[0][array];
-        G* slopes = (G*)arrays[1][array];
-        M* averages = has_first ? (M*)arrays[2][array] : nullptr;
-        M* squares = has_second ? (M*)arrays[3][array] : nullptr;
-        auto each = [&](auto&& one) {
-            each_register<A>(end - begin, [&](int64_t i, int64_t lanes) {
-                const int64_t at = begin + i;
-                Vec<A> weight = load_some(weights + at, lanes), average{}, square{};
-                Vec<A> slope = load_some(slopes + at, lanes);
-                if (step.values[1] != 1.0) slope = slope * c.factor;
-                if (averages) average = load_some(averages + at, lanes);
-                if (squares) square = load_some(squares + at, lanes);
-                one(weight, slope, average, square);
-                store_some(weights + at, weight, lanes);
-                if (averages) store_some(averages + at, average, lanes);
-                if (squares) store_some(squares + at, square, lanes);
-            });
-        };
-        switch (step.kind) {
-            case OptimizerKind::adam:
-                each([&](Vec<A>& w, Vec<A> g, Vec<A>& a, Vec<A>& s) { adam(c, w, g, a, s); });
-                break;
-            case OptimizerKind::lion: each([&](Vec<A>& w, Vec<A> g, Vec<A>& a, Vec<A>&) { lion(c, w, g, a); }); break;
-            case OptimizerKind::sgd:
-                each([&](Vec<A>& w, Vec<A> g, Vec<A>& a, Vec<A>&) { sgd(c, w, g, averages ? &a : nullptr); });
-                break;
+template <class A, bool has_momentum>
+struct SgdRule {
+    static constexpr int num_states = has_momentum ? 1 : 0;
+    A scale, l2, lr, momentum, fresh;
+    bool has_l2, is_nesterov, is_first;
+
+    [[gnu::always_inline]] void operator()(Vec<A>& p, Vec<A> g, Vec<A>& m, Vec<A>&) const {
+        g *= scale;
+        if (has_l2) g += p * l2;
+        if constexpr (has_momentum) {
+            m = is_first ? g : m * momentum + g * fresh;
+            g = is_nesterov ? g + m * momentum : m;
         }
-        if (arrays[4])
-            with_dtype(static_cast<DType>(step.copy_dtype), [&](auto tag) {
-                using T = typename decltype(tag)::type;
-                if constexpr (std::is_same_v<wide_t<T>, A>) {
-                    T* copies = (T*)arrays[4][array];
-                    each_register<A>(end - begin, [&](int64_t i, int64_t lanes) {
-                        store_some(copies + begin + i, load_some(weights + begin + i, lanes), lanes);
-                    });
-                }
-            });
-        if (step.clears_gradient) std::memset((void*)(slopes + begin), 0, static_cast<size_t>(end - begin) * sizeof(G));
-    });
+        p -= g * lr;
+    }
+};
+
+// --- sum of squares -----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kSquaresPerPart = 1 << 16;
+constexpr int kAccumulators = 64 / kLanes<double>;
+
+// A register of fp64 from any format.
+inline vd load_double(const double* p) { return load(p); }
+template <class T>
+inline vd load_double(const T* p) {
+    typename VecOf<float, kBytes / 2>::type half;
+    if constexpr (std::is_same_v<T, float>) {
+        std::memcpy(&half, p, sizeof half);
+    } else {
+        T padded[kLanes<float>] = {};
+        std::memcpy(padded, p, kLanes<double> * sizeof(T));
+        const vf wide = load(padded);
+        std::memcpy(&half, &wide, sizeof half);
+    }
+    return __builtin_convertvector(half, vd);
 }
 
-template <class A, class F>
-void with_gradients(int dtype, F&& f) {
-    with_dtype(static_cast<DType>(dtype), [&](auto tag) {
-        using G = typename decltype(tag)::type;
-        if constexpr (std::is_same_v<wide_t<G>, A>) f(tag);
-    });
+// Always 64 sums of every 64th element, added as one tree: the same bits for every instruction set. Squares of fp32 and
+// of shorter numbers are exact in fp64.
+template <class T>
+double squares_of_part(const T* p, int64_t n) {
+    Vec<double> sums[kAccumulators] = {};
+    auto add = [&](const T* from) __attribute__((always_inline)) {
+        for (int k = 0; k < kAccumulators; ++k) {
+            const vd x = load_double(from + k * kLanes<double>);
+            sums[k] += x * x;
+        }
+    };
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) add(p + i);
+    if (i < n) {
+        T rest[64] = {};
+        std::memcpy(rest, p + i, static_cast<size_t>(n - i) * sizeof(T));
+        add(rest);
+    }
+    for (int half = kAccumulators / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+    return sum(sums[0]);
 }
+
+struct Run {
+    Address address;
+    int64_t numel;
+    int64_t parts() const { return (numel + kSquaresPerPart - 1) / kSquaresPerPart; }
+};
+static_assert(sizeof(Run) == 2 * 8, "a row of the caller's table");
 
 }  // namespace
 
-void optimizer_step(const OptimizerStep& step, Address weights, Address gradients, Address first_moments, Address second_moments,
-                    Address copies, Address sizes, int64_t count, int threads) {
-    const Address* arrays[5] = {(const Address*)weights, (const Address*)gradients, (const Address*)first_moments,
-                                (const Address*)second_moments, (const Address*)copies};
-    const int64_t* lengths = (const int64_t*)sizes;
-    const Chunks chunks(lengths, count, kChunk);
-    auto run = [&](auto weight_tag, auto gradient_tag, auto moment_tag) {
-        using A = typename decltype(weight_tag)::type;
-        using G = typename decltype(gradient_tag)::type;
-        using M = typename decltype(moment_tag)::type;
-        for_each_piece(chunks.total(), useful_threads(threads, chunks.total() * kChunk * 16), 1, [&](int64_t from, int64_t to) {
-            update<A, G, M>(step, arrays, lengths, from, to, chunks);
-        });
-    };
-    if (static_cast<DType>(step.weight_dtype) == DType::f64)
-        run(Tag<double>(), Tag<double>(), Tag<double>());
-    else
-        with_gradients<float>(step.gradient_dtype, [&](auto gradient_tag) {
-            if (static_cast<DType>(step.moment_dtype) == DType::bf16)
-                run(Tag<float>(), gradient_tag, Tag<bf16>());
-            else
-                run(Tag<float>(), gradient_tag, Tag<float>());
-        });
-}
-
-double sum_of_squares(int dtype, Address arrays, Address sizes, int64_t count, int threads) {
-    const int64_t* lengths = (const int64_t*)sizes;
-    const Chunks chunks(lengths, count, kSquaresChunk);
-    std::vector<double> parts(static_cast<size_t>(chunks.total()));
-    with_dtype(static_cast<DType>(dtype), [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        for_each_piece(chunks.total(), useful_threads(threads, chunks.total() * kSquaresChunk * 4), 1, [&](int64_t from, int64_t to) {
-            int64_t part = from;
-            chunks.each(lengths, kSquaresChunk, from, to, [&](size_t array, int64_t begin, int64_t end) {
-                const T* x = (const T*)((const Address*)arrays)[array];
-                vd sums[4] = {};
-                int64_t i = begin;
-                constexpr int64_t step = kLanes<wide_t<T>>;
-                for (; i + 2 * step <= end; i += 2 * step)
-                    for (int k = 0; k < 2; ++k) add_squares(sums + 2 * k, load(x + i + k * step));
-                for (; i + step <= end; i += step) add_squares(sums, load(x + i));
-                if (i < end) add_squares(sums, load_part(x + i, end - i));
-                parts[static_cast<size_t>(part++)] = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-            });
+void adam(int dtype, int gradient_dtype, int state_dtype, int weight_dtype, Address slices, Address multipliers,
+          int64_t count, Address step, double beta1, double beta2, double eps, double weight_decay, bool is_decoupled,
+          bool zeroes_gradients, int threads) {
+    const Update update{(const Slice*)slices, (const Multipliers*)multipliers,    count, static_cast<DType>(weight_dtype),
+                        zeroes_gradients,     threads};
+    const Step now = *(const Step*)step;
+    with_dtypes(dtype, gradient_dtype, state_dtype, [&](auto p, auto g, auto m) {
+        using A = typename decltype(p)::type;
+        update_all<A, typename decltype(g)::type, typename decltype(m)::type>(update, [&](Multipliers group) {
+            // m / c1 / (sqrt(v / c2) + eps), with the corrections taken out of the loop
+            const double root = std::sqrt(now.correction2), lr = now.lr * group.lr, decay = weight_decay * group.decay;
+            return AdamRule<A>{Average<A>(beta1),
+                               Average<A>(beta2),
+                               static_cast<A>(now.scale()),
+                               static_cast<A>(decay),
+                               static_cast<A>(lr * decay),
+                               static_cast<A>(lr * root / now.correction1),
+                               static_cast<A>(eps * root),
+                               !is_decoupled && decay != 0,
+                               is_decoupled && decay != 0};
         });
     });
-    double total = 0;
-    for (double part : parts) total += part;
-    return total;
+}
+
+void lion(int dtype, int gradient_dtype, int state_dtype, int weight_dtype, Address slices, Address multipliers,
+          int64_t count, Address step, double beta1, double beta2, double weight_decay, bool zeroes_gradients,
+          int threads) {
+    const Update update{(const Slice*)slices, (const Multipliers*)multipliers,    count, static_cast<DType>(weight_dtype),
+                        zeroes_gradients,     threads};
+    const Step now = *(const Step*)step;
+    with_dtypes(dtype, gradient_dtype, state_dtype, [&](auto p, auto g, auto m) {
+        using A = typename decltype(p)::type;
+        update_all<A, typename decltype(g)::type, typename decltype(m)::type>(update, [&](Multipliers group) {
+            const double lr = now.lr * group.lr;
+            return LionRule<A>{Average<A>(beta1), Average<A>(beta2), static_cast<A>(now.scale()),
+                               static_cast<A>(lr * weight_decay * group.decay), static_cast<A>(lr)};
+        });
+    });
+}
+
+void sgd(int dtype, int gradient_dtype, int state_dtype, int weight_dtype, Address slices, Address multipliers,
+         int64_t count, Address step, double momentum, double dampening, double weight_decay, bool is_nesterov,
+         bool zeroes_gradients, int threads) {
+    const Update update{(const Slice*)slices, (const Multipliers*)multipliers,    count, static_cast<DType>(weight_dtype),
+                        zeroes_gradients,     threads};
+    const Step now = *(const Step*)step;
+    with_dtypes(dtype, gradient_dtype, state_dtype, [&](auto p, auto g, auto m) {
+        using A = typename decltype(p)::type;
+        using G = typename decltype(g)::type;
+        using M = typename decltype(m)::type;
+        auto run = [&](auto has_momentum) {
+            update_all<A, G, M>(update, [&](Multipliers group) {
+                const double decay = weight_decay * group.decay;
+                return SgdRule<A, decltype(has_momentum)::value>{
+                    static_cast<A>(now.scale()),  static_cast<A>(decay),         static_cast<A>(now.lr * group.lr),
+                    static_cast<A>(momentum),     static_cast<A>(1 - dampening), decay != 0,
+                    is_nesterov,                  now.is_first != 0};
+            });
+        };
+        momentum != 0 ? run(std::true_type()) : run(std::false_type());
+    });
+}
+
+void sum_of_squares(int dtype, Address runs, int64_t count, Address total, int threads) {
+    const Run* const all = (const Run*)runs;
+    int64_t num_parts = 0, numel = 0;
+    for (int64_t r = 0; r < count; ++r) num_parts += all[r].parts(), numel += all[r].numel;
+    std::vector<double> sums(static_cast<size_t>(num_parts));
+    with_dtype(static_cast<DType>(dtype), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        for_each_piece(num_parts, useful_threads(threads, numel * (int64_t)sizeof(T)), 1, [&](int64_t begin, int64_t end) {
+            int64_t at = 0;
+            for (int64_t r = 0; r < count && at < end; at += all[r++].parts()) {
+                const int64_t last = std::min(end - at, all[r].parts());
+                for (int64_t part = std::max<int64_t>(begin - at, 0); part < last; ++part) {
+                    const int64_t first = part * kSquaresPerPart, size = std::min(all[r].numel - first, kSquaresPerPart);
+                    sums[static_cast<size_t>(at + part)] = squares_of_part((const T*)all[r].address + first, size);
+                }
+            }
+        });
+    });
+    double sum = 0;
+    for (double part : sums) sum += part;
+    *(double*)total = sum;
 }
 
 }  // namespace trilith::TRILITH_ISA

@@ -1,4 +1,4 @@
-"""Adam and AdamW, one fused pass over all slices of a parameter group.
+"""Adam and AdamW, one fused pass over all slices natively, or over those of a parameter group by torch.
 
 Adam: Kingma & Ba 2015, algorithm 1; weight decay is added to the gradient. AdamW: Loshchilov & Hutter 2019, algorithm 2;
 decay acts on the weight, scaled by the learning rate.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilith.kernels.ops.optimizer import ADAM, Update
-from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
+from trilith.kernels.ops import optimizer
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, Slices
 
 # After so many steps both corrections 1 - beta^t are exactly 1: how the fused kernel is told to leave them out.
 _NO_CORRECTION_STEP = 1e12
@@ -34,17 +34,28 @@ class Adam(ElementwiseOptimizer):
     """Adam or AdamW. State: `exp_avg` and `exp_avg_sq`, in the master dtype."""
 
     state_roles = ("exp_avg", "exp_avg_sq")
+    has_kernel = True
 
     def __init__(self, partitions: Sequence[FlatPartition], options: AdamOptions, backend: str = "auto") -> None:
         super().__init__(partitions, backend)
         self.options = options
 
-    def _native_update(self, group: SliceGroup, values: Tensor) -> Update:
-        options, step = self.options, self.num_steps + 1
-        values[2] = 1.0 - options.betas[0] ** step if options.bias_correction else 1.0
-        values[3] = (1.0 - options.betas[1] ** step) ** 0.5 if options.bias_correction else 1.0
-        decay = options.weight_decay * group.key[1]
-        return Update(ADAM, values, options.betas, decay, options.eps, decoupled=options.decoupled_decay)
+    def _update_slices(self, slices: Slices, lr: float, grad_scale: float) -> None:
+        options = self.options
+        betas = options.betas if options.bias_correction else None
+        optimizer.adam(
+            slices.parameters,
+            slices.gradients,
+            slices.states["exp_avg"],
+            slices.states["exp_avg_sq"],
+            slices.weights,
+            slices.multipliers,
+            optimizer.step_values(lr, grad_scale=grad_scale, step=self.num_steps + 1, betas=betas),
+            *options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            is_decoupled=options.decoupled_decay,
+        )
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         lr_mult, decay_mult = group.key

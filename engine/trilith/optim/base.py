@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilith.kernels.ops.optimizer import Arrays, Update, is_native, update_arrays
+from trilith.kernels.ops import optimizer
 from trilith.optim.groups import GroupKey, Segment
 from trilith.sharding import ShardSpec
 
@@ -29,7 +29,8 @@ class FlatPartition:
     `parameter` (n,): master weights; `gradient` (n,): their gradient, in any dtype; `segments` cover both. `tensors`, for
     optimizers that need them whole: what lies here of each canonical tensor, offsets counted from the part's beginning;
     the same tensors in the same order on all tensor ranks. `is_swapped`: it comes and goes, with its states; whoever
-    brings them makes those zero that are new.
+    brings them makes those zero that are new. `weight` (n,): the module's own weights, in any dtype, where the master
+    weights lie beside them and are apart from them: an optimizer may round each update into it on the way.
     """
 
     name: str
@@ -38,6 +39,7 @@ class FlatPartition:
     segments: tuple[Segment, ...]
     tensors: tuple[ShardSpec, ...] = ()
     is_swapped: bool = False
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,20 @@ class SliceGroup:
     parameters: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
     states: Mapping[str, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """All slices of some partitions, of every group, as the native optimizers take them: parallel lists of 1-D views.
+
+    `weights`: of the module, to be written too, or nothing. `multipliers` (n, 2) float64: of learning rate and decay.
+    """
+
+    parameters: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+    states: Mapping[str, tuple[Tensor, ...]]
+    weights: tuple[Tensor, ...]
+    multipliers: Tensor
 
 
 class Optimizer(ABC):
@@ -77,8 +93,11 @@ class Optimizer(ABC):
         self.end_step()
 
     @abstractmethod
-    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
-        """A part of a step: update the partitions of these numbers, all on one device. `end_step` ends the step."""
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> bool:
+        """A part of a step: update the partitions of these numbers, all on one device. `end_step` ends the step.
+
+        True where the `weight` of each of them was written as well.
+        """
 
     def end_step(self) -> None:
         """All partitions are updated."""
@@ -105,51 +124,38 @@ class Optimizer(ABC):
 
 
 class ElementwiseOptimizer(Optimizer):
-    """Updates each element for itself, so that any cut of the parameters gives the same result: one group at a time.
+    """Updates each element for itself, so that any cut of the parameters gives the same result.
 
-    `scales_by_itself`: whether `_update` divides by `grad_scale`, so that it need not be done before, in another pass.
-    `backend`: which implementation updates; the native one does all in one pass, whatever the gradients' dtype.
+    Where there is a native optimizer (`has_kernel`) and it takes the tensors, all slices in one pass, else one group at a
+    time. `scales_by_itself`: whether `_update` divides by `grad_scale`, so that it need not be done before, in another
+    pass. `backend`: which implementation updates (config key `kernels.optimizer`).
     """
 
     scales_by_itself = True
+    has_kernel = False
 
     def __init__(self, partitions: Sequence[FlatPartition], backend: str = "auto") -> None:
         super().__init__(partitions)
-        self.backend = backend
+        self._backend = backend
         self._partitions = tuple(partitions)
         self._groups: dict[tuple[int, ...], tuple[SliceGroup, ...]] = {}
-        self._arrays: dict[tuple[tuple[int, ...], int], Arrays | None] = {}
-        self._values = torch.zeros(5, dtype=torch.float64)
+        self._native: dict[tuple[int, ...], Slices | None] = {}
 
     @abstractmethod
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         """Update one group in place; `grad_scale` (fp32 scalar) divides the gradients first."""
 
-    def _native_update(self, group: SliceGroup, values: Tensor) -> Update | None:
-        """The native update of a group; its `values` are filled in but for what Adam adds. None: there is none."""
-        return None
+    def _update_slices(self, slices: Slices, lr: float, grad_scale: float) -> None:
+        """Update all slices in place natively; gradients are divided by `grad_scale` on the way, and keep their values."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernel")
 
-    def _step_natively(self, parts: tuple[int, ...], number: int, lr: float, grad_scale: float) -> bool:
-        """Update group `number` of some partitions natively, if that is possible."""
-        key, group = (parts, number), self.groups_of(parts)[number]
-        if key not in self._arrays:
-            arrays = Arrays(group.parameters, group.gradients, tuple(group.states[role] for role in self.state_roles))
-            self._arrays[key] = arrays if is_native(arrays, self.backend) else None
-        found = self._arrays[key]
-        if found is None:
-            return False
-        self._values[0], self._values[1], self._values[4] = lr * group.key[0], 1.0 / grad_scale, self.num_steps == 0
-        update = self._native_update(group, self._values)
-        if update is None:
-            return False
-        update_arrays(found, update)
-        return True
-
-    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
-        """Update the slices of some partitions in place, group by group."""
-        for number, group in enumerate(self.groups_of(parts)):
-            if self._step_natively(parts, number, lr, grad_scale):
-                continue
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> bool:
+        """Update the slices of some partitions in place; True where their `weight`s were written."""
+        slices = self._native_slices(parts)
+        if slices is not None:
+            self._update_slices(slices, lr, grad_scale)
+            return bool(slices.weights)
+        for group in self.groups_of(parts):
             master, scale = group.parameters[0].dtype, None
             if grad_scale != 1.0 and self.scales_by_itself:
                 scale = torch.full((), grad_scale, dtype=torch.float32, device=group.parameters[0].device)
@@ -157,6 +163,17 @@ class ElementwiseOptimizer(Optimizer):
             is_left = scale is not None and master != torch.float64
             gradients = unscaled(group.gradients, master, 1.0 if is_left else grad_scale)
             self._update(group, gradients, lr, scale if is_left else None)
+        return False
+
+    def _native_slices(self, parts: tuple[int, ...]) -> Slices | None:
+        """The slices of some partitions, if the native optimizer takes them."""
+        if not self.has_kernel:
+            return None
+        if parts not in self._native:
+            partitions, states = [self._partitions[i] for i in parts], [self.state[i] for i in parts]
+            is_native = _are_native(partitions, states, self._backend)
+            self._native[parts] = _all_slices(partitions, states) if is_native else None
+        return self._native[parts]
 
     def groups_of(self, parts: tuple[int, ...]) -> tuple[SliceGroup, ...]:
         """The slices of some partitions, by parameter group."""
@@ -168,7 +185,7 @@ class ElementwiseOptimizer(Optimizer):
         """Take weights and gradients of `partitions`, and the tensors of `state`, from where they are now."""
         self._partitions = tuple(partitions)
         self._groups.clear()
-        self._arrays.clear()
+        self._native.clear()
 
 
 OptimizerFactory = Callable[[Sequence[FlatPartition]], Optimizer]
@@ -196,6 +213,26 @@ def _slice_groups(
             )
         )
     return tuple(groups)
+
+
+def _are_native(partitions: Sequence[FlatPartition], states: Sequence[Mapping[str, Tensor]], backend: str) -> bool:
+    return all(
+        optimizer.is_native(partition.parameter, partition.gradient, list(state.values()), partition.weight, backend)
+        for partition, state in zip(partitions, states, strict=True)
+    )
+
+
+def _all_slices(partitions: Sequence[FlatPartition], states: Sequence[Mapping[str, Tensor]]) -> Slices:
+    found = [(i, s, slice(s.start, s.stop)) for i, p in enumerate(partitions) for s in p.segments]
+    weights = [p.weight for p in partitions if p.weight is not None]
+    is_rounded = len(weights) == len(partitions)
+    return Slices(
+        tuple(partitions[i].parameter[at] for i, _, at in found),
+        tuple(partitions[i].gradient[at] for i, _, at in found),
+        {role: tuple(states[i][role][at] for i, _, at in found) for role in (states[0] if states else ())},
+        tuple(weights[i][at] for i, _, at in found) if is_rounded else (),
+        torch.tensor([segment.group for _, segment, _ in found], dtype=torch.float64).view(-1, 2),
+    )
 
 
 def unscaled(gradients: Sequence[Tensor], master: torch.dtype, grad_scale: float) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trilith.kernels import library
-from trilith.kernels.ops.optimizer import sum_of_squares as native_sum_of_squares
+from trilith.kernels.ops import optimizer
 
 _ROW = 1024
 _CHUNK = 1 << 20
@@ -18,13 +18,13 @@ _CHUNK = 1 << 20
 def sum_of_squares(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     """Sum of the squares of the elements of a 1-D `tensor` in half-open `ranges`: a float64 scalar on its device.
 
-    The norms of rows of 1024 elements are taken in the tensor's dtype (fp32 for 16-bit ones) in one pass, and their
-    squares summed in float64: as fast as torch's own norm, whose error grows with the length (3.6e-4 at 10 M elements),
-    and exact to about 1e-9 (1e-6 where all roundings fall one way); the native op sums in
-    float64 throughout. Infinities and NaN come through. The result does not depend on the number of threads.
+    On the CPU one native pass that accumulates in float64. Else the norms of rows of 1024 elements are taken in the
+    tensor's dtype (fp32 for 16-bit ones) in one pass, and their squares summed in float64: as fast as torch's own norm,
+    whose error grows with the length (3.6e-4 at 10 M elements), and exact to about 1e-9 (1e-6 where all roundings fall
+    one way). Infinities and NaN come through. The result does not depend on the number of threads.
     """
     if library.serves(tensor) and tensor.is_contiguous():
-        return torch.tensor(native_sum_of_squares([tensor[start:stop] for start, stop in ranges]), dtype=torch.float64)
+        return optimizer.sum_of_squares([tensor[start:stop] for start, stop in ranges])
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for start, stop in ranges:
         for piece in _wide_enough(tensor[start:stop]):

@@ -82,7 +82,7 @@ class ForeignOptimizer(ElementwiseOptimizer):
         for i, group in enumerate(optimizer.param_groups):
             group["params"] = [p for (_, key), slices in self._slices.items() if key == (float(i),) for p in slices]
 
-    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> bool:
         """Update slices in place; gradients are divided by `grad_scale` first. `lr` is the user's business."""
         stepped: list[nn.Parameter] = []
         for part in parts:
@@ -97,6 +97,7 @@ class ForeignOptimizer(ElementwiseOptimizer):
         for parameter in stepped:
             parameter.grad = None
         self._take_over(parts)
+        return False
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         raise AssertionError("a foreign optimizer updates all groups at once")

@@ -59,11 +59,11 @@ class Lamb(Optimizer):
         self._averages = views(self._tensors, [state["exp_avg"] for state in self.state])
         self._squares = views(self._tensors, [state["exp_avg_sq"] for state in self.state])
 
-    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> bool:
         """Update the tensors of some partitions: moments and norms first, one sum over tensor ranks, then the weights."""
         chosen = runs_of(self._tensors, parts)
         if not chosen:
-            return
+            return False
         first, second = self.options.betas
         device = self._weights[chosen[0].start].device
         squares = torch.zeros(2, len(self._tensors), dtype=torch.float64, device=device)
@@ -83,6 +83,7 @@ class Lamb(Optimizer):
             directions = self._directions(run)
             torch._foreach_mul_(directions, steps[run])
             torch._foreach_sub_(self._weights[run], directions)
+        return False
 
     def _directions(self, run: slice) -> list[Tensor]:
         """The steps before they are scaled. Computed twice: all norms must be known before the first step is taken."""

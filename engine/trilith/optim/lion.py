@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilith.kernels.ops.optimizer import LION, Update
-from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, batches
+from trilith.kernels.ops import optimizer
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, Slices, batches
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,23 @@ class Lion(ElementwiseOptimizer):
 
     state_roles = ("exp_avg",)
     scales_by_itself = False
+    has_kernel = True
 
     def __init__(self, partitions: Sequence[FlatPartition], options: LionOptions, backend: str = "auto") -> None:
         super().__init__(partitions, backend)
         self.options = options
 
-    def _native_update(self, group: SliceGroup, values: Tensor) -> Update:
-        return Update(LION, values, self.options.betas, self.options.weight_decay * group.key[1])
+    def _update_slices(self, slices: Slices, lr: float, grad_scale: float) -> None:
+        optimizer.lion(
+            slices.parameters,
+            slices.gradients,
+            slices.states["exp_avg"],
+            slices.weights,
+            slices.multipliers,
+            optimizer.step_values(lr, grad_scale=grad_scale),
+            *self.options.betas,
+            weight_decay=self.options.weight_decay,
+        )
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         lr_mult, decay_mult = group.key

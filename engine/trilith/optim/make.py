@@ -91,7 +91,7 @@ def _muon(config: Any, tp: Group, backend: str) -> OptimizerFactory:
         adam=AdamOptions((params.betas[0], params.betas[1]), params.eps, params.weight_decay),
         is_matrix=_matrix_rule(config.param_groups),
     )
-    return lambda partitions: Muon(partitions, options, tp)
+    return lambda partitions: Muon(partitions, options, tp, backend)
 
 
 def _matrix_rule(param_groups: Any) -> IsMatrix:

@@ -66,13 +66,16 @@ class Muon(Optimizer):
     state_roles = ("momentum_buffer", "exp_avg", "exp_avg_sq")
     needs_whole_tensors = True
 
-    def __init__(self, partitions: Sequence[FlatPartition], options: MuonOptions, tp: Group = ALONE) -> None:
+    def __init__(
+        self, partitions: Sequence[FlatPartition], options: MuonOptions, tp: Group = ALONE, backend: str = "auto"
+    ) -> None:
         self.options = options
         tensors = whole_tensors(partitions, tp)
         self._tp = tp
         self._matrices = [t for t in tensors if options.is_matrix(t.spec.name, t.spec.shape)]
         self._others = [t for t in tensors if not options.is_matrix(t.spec.name, t.spec.shape)]
-        self._adam = Adam([_adam_part(i, part, self._others) for i, part in enumerate(partitions)], options.adam)
+        rest = [_adam_part(i, part, self._others) for i, part in enumerate(partitions)]
+        self._adam = Adam(rest, options.adam, backend)
         super().__init__(partitions)
         for i, (partition, state) in enumerate(zip(partitions, self.state, strict=True)):
             stop = max((t.stop for t in self._matrices if t.index == i), default=0)
@@ -97,12 +100,13 @@ class Muon(Optimizer):
         self._gradients = views(self._matrices, [partition.gradient for partition in partitions])
         self._momenta = views(self._matrices, [state["momentum_buffer"] for state in self.state])
 
-    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> None:
+    def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> bool:
         """Update the tensors of some partitions in place; `lr` is multiplied by the factors of the options."""
         self._adam.num_steps = self.num_steps
         self._adam.step_parts(parts, lr * self.options.adam_lr_factor, grad_scale)
         for run in runs_of(self._matrices, parts):
             self._step_matrices(run, lr * self.options.lr_factor, grad_scale)
+        return False
 
     def _step_matrices(self, run: slice, lr: float, grad_scale: float) -> None:
         options, momenta = self.options, self._momenta[run]
@@ -174,5 +178,9 @@ def _adam_part(index: int, partition: FlatPartition, others: Sequence[WholeTenso
     segments = tuple(Segment(t.start, t.stop, t.group) for t in mine if t.start < t.stop)
     stop = max((segment.stop for segment in segments), default=0)
     return replace(
-        partition, parameter=partition.parameter[:stop], gradient=partition.gradient[:stop], segments=segments
+        partition,
+        parameter=partition.parameter[:stop],
+        gradient=partition.gradient[:stop],
+        segments=segments,
+        weight=None,
     )

@@ -1,4 +1,7 @@
-"""Stochastic gradient descent with momentum (Sutskever et al. 2013, in torch's form), one fused pass per group."""
+"""Stochastic gradient descent with momentum (Sutskever et al. 2013, in torch's form).
+
+One fused pass over all slices natively, or over those of a parameter group by torch.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilith.kernels.ops.optimizer import SGD as _SGD
-from trilith.kernels.ops.optimizer import Update
-from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
+from trilith.kernels.ops import optimizer
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, Slices
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,27 @@ class SGDOptions:
 class SGD(ElementwiseOptimizer):
     """SGD. State: `momentum_buffer` where there is momentum; it starts as the first gradient, undampened."""
 
+    has_kernel = True
+
     def __init__(self, partitions: Sequence[FlatPartition], options: SGDOptions, backend: str = "auto") -> None:
         self.options = options
         self.state_roles = ("momentum_buffer",) if options.momentum else ()
         super().__init__(partitions, backend)
 
-    def _native_update(self, group: SliceGroup, values: Tensor) -> Update:
-        options, decay = self.options, self.options.weight_decay * group.key[1]
-        betas, nesterov = (options.momentum, 0.0), options.nesterov
-        return Update(_SGD, values, betas, decay, dampening=options.dampening, decoupled=False, nesterov=nesterov)
+    def _update_slices(self, slices: Slices, lr: float, grad_scale: float) -> None:
+        options = self.options
+        optimizer.sgd(
+            slices.parameters,
+            slices.gradients,
+            slices.states.get("momentum_buffer", ()),
+            slices.weights,
+            slices.multipliers,
+            optimizer.step_values(lr, grad_scale=grad_scale, step=self.num_steps + 1),
+            momentum=options.momentum,
+            dampening=options.dampening,
+            weight_decay=options.weight_decay,
+            is_nesterov=options.nesterov,
+        )
 
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         lr_mult, decay_mult = group.key

@@ -160,6 +160,10 @@ class DelayedModel(ShardedModel):
                 if not unit.has_master:
                     unit.master = unit.own_weight.clone()
 
+    def partitions(self) -> list[FlatPartition]:
+        """As `ShardedModel.partitions`, without the module's weights: an update goes to another slot than its gradients."""
+        return [unit.partition() for unit in self.units]
+
     def _first_slot(self, module: DeclaredModule) -> Slot:
         """What `ShardedModel` made, and where its parameters belong in the module, under every name they have."""
         places: dict[nn.Parameter, list[Place]] = {}

@@ -225,13 +225,20 @@ class FlatUnit:
         """Float64 scalar: over the elements of this rank's partition that count here (replica 0)."""
         return sum_of_squares(self.own_gradient, self.counted)
 
-    def partition(self, whole_tensors: bool = False) -> FlatPartition:
-        """What the optimizer sees of this unit; with `whole_tensors` also which tensors lie in it."""
+    @property
+    def can_be_rounded_early(self) -> bool:
+        """Whether the optimizer may round the master weights into the module's as it updates them: they lie together."""
+        return self.has_master and self.shard_swap is None and self.own_weight.device == self.master.device
+
+    def partition(self, whole_tensors: bool = False, with_weight: bool = False) -> FlatPartition:
+        """What the optimizer sees of this unit; with `whole_tensors` also which tensors lie in it, `with_weight` also the
+        module's weights where it may round updates into them."""
         segments = partition_segments(self.layout, self.start, self.stop)
         gradient = self.own_gradient if self.optimizer_gradient is None else self.optimizer_gradient
         name = f"stage{self.stage}/{self.layout.name}"
         tensors = partition_tensors(self.layout, self.start, self.stop) if whole_tensors else ()
-        return FlatPartition(name, self.master, gradient, segments, tensors, self.states_swap is not None)
+        weight = self.own_weight if with_weight and self.can_be_rounded_early else None
+        return FlatPartition(name, self.master, gradient, segments, tensors, self.states_swap is not None, weight)
 
     @torch.no_grad()
     def assign(self, offset: int, value: Tensor) -> None:

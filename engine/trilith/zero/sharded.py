@@ -175,7 +175,7 @@ class ShardedModel:
 
     def partitions(self) -> list[FlatPartition]:
         """What the optimizer sees."""
-        return [unit.partition(self.sharding.whole_tensors) for unit in self.units]
+        return [unit.partition(self.sharding.whole_tensors, with_weight=True) for unit in self.units]
 
     def _keeps_whole(self, flat_unit: str) -> bool:
         """Whether a unit's gradient is whole over the microbatches of a step, where it need not be."""
@@ -314,8 +314,8 @@ class ShardedModel:
         handles: list[comm.Handle] = []
         for place, members in enumerate(self.offload.groups):
             self.offload.bring(place)
-            self.optimizer.step_parts(members, lr, scale)
-            handles += self._publish([self.units[index] for index in members])
+            is_rounded = self.optimizer.step_parts(members, lr, scale)
+            handles += self._publish([self.units[index] for index in members], is_rounded)
             self.offload.take_away(place)
         self.optimizer.end_step()
         self.offload.end_update()
@@ -349,13 +349,14 @@ class ShardedModel:
         for handle in handles:
             handle.wait()
 
-    def _publish(self, units: Iterable[FlatUnit]) -> list[comm.Handle]:
-        """Round the master weights of units, and begin to gather those that are always whole."""
+    def _publish(self, units: Iterable[FlatUnit], is_rounded: bool = False) -> list[comm.Handle]:
+        """Round the master weights of units, if the optimizer has not, and begin to gather those that are always whole."""
         handles = []
         for unit in units:
             if unit.shard_swap is not None:
                 unit.shard_swap.open_blank()
-            unit.round_master()
+            if not is_rounded:
+                unit.round_master()
             if self._partitioned and not unit.is_sharded:
                 sizes = unit.layout.uneven_sizes
                 handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, sizes, async_op=True))

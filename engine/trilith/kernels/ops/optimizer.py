@@ -1,134 +1,332 @@
-"""Optimizer updates over lists of flat arrays in one pass each, and the sum of squares of arrays. No gradient flows here.
+"""Optimizer steps over slices of flat buffers, each in one pass, and the sum of squares that gradients are clipped by.
 
-There is no form for torch.compile: an update is called by the optimizer, between two steps of a model.
+A call takes parallel lists of contiguous tensors, of one dtype each: `parameters` (fp32 or fp64), their `gradients` (any
+floating-point dtype), states (fp32 or bf16; fp64 beside fp64), and `weights`: nothing, or for each parameter a tensor that
+gets its new value, rounded. `multipliers` (n, 2) float64: of learning rate and weight decay. `step` (6,) float64 is what
+changes from step to step: learning rate, clip factor, loss scale, 1 - beta1^t, 1 - beta2^t, and 1 in the very first step.
+Gradients are divided by the loss scale and multiplied by the clip factor as they are read; they keep their values, or
+become zero with `zeroes_gradients`. Updates do not depend on how a list is cut, on threads or on the processor.
+
+`backend` "reference" is plain torch; otherwise ops run natively, or raise KernelError where they cannot. Callers that have
+torch's own optimizers to fall back on ask `is_native` first.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trilith.errors import KernelError
-from trilith.kernels import library
-from trilith.kernels.library import CPU, DTYPES, LIBRARY
+from trilith.kernels import library, optimizer_reference
+from trilith.kernels.library import DTYPES
+from trilith.kernels.ops.library_form import define
 
-ADAM, LION, SGD = 0, 1, 2
-_MOMENTS = (torch.float32, torch.bfloat16)
+STEP_VALUES = 6
+_MASTERS = (torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class Update:
-    """What an update depends on besides the arrays.
+def is_native(
+    parameter: Tensor,
+    gradient: Tensor,
+    states: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+    backend: str = "auto",
+) -> bool:
+    """Whether an optimizer with this `backend` is to run natively on tensors like these.
 
-    `kind`: ADAM, LION or SGD. `values`, a float64 tensor (5,) that is read when the update runs: learning rate, factor of
-    the gradients, Adam's 1 - beta1^t and sqrt(1 - beta2^t), and whether it is the first step. SGD's momentum is
-    `betas[0]`. `decoupled`: decay acts on the weight and not through the gradient. `clears_gradients`: they are zero
-    afterwards.
+    Raises KernelError where the backend is "fused" and it cannot.
     """
-
-    kind: int
-    values: Tensor
-    betas: tuple[float, float]
-    weight_decay: float = 0.0
-    eps: float = 0.0
-    dampening: float = 0.0
-    decoupled: bool = True
-    nesterov: bool = False
-    clears_gradients: bool = False
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """Parallel lists of contiguous 1-D tensors: masters, gradients, moments (as many lists as the kind has), copies."""
-
-    weights: Sequence[Tensor]
-    gradients: Sequence[Tensor]
-    moments: Sequence[Sequence[Tensor]]
-    copies: Sequence[Tensor] = ()
-
-
-def is_native(arrays: Arrays, backend: str = "auto") -> bool:
-    """Whether `update_arrays` takes the arrays; raises KernelError where `backend` demands it and it does not."""
-    if backend in ("torch", "reference") or not arrays.weights:
+    if backend in ("torch", "reference"):
         return False
-    reason = _why_not(arrays)
+    reason = _refusal(parameter, gradient, states, weight)
     if reason and backend == "fused":
         raise KernelError(f"optimizer: backend 'fused': {reason}")
     return not reason
 
 
-def _why_not(arrays: Arrays) -> str:
-    if CPU is None:
-        return library.MISSING
-    lists = (arrays.weights, arrays.gradients, *arrays.moments, *([arrays.copies] if arrays.copies else []))
-    found = [{x.dtype for x in tensors} for tensors in lists]
-    if any(x.device.type != "cpu" for tensors in lists for x in tensors):
-        return "arrays are not on the CPU"
-    if any(len(dtypes) != 1 for dtypes in found):
-        return f"arrays of one list have several dtypes: {found}"
-    weight, gradient, *rest = (next(iter(dtypes)) for dtypes in found)
-    moments, copies = rest[: len(arrays.moments)], rest[len(arrays.moments) :]
-    wide = weight == torch.float64
-    allowed = {torch.float64} if wide else {torch.float32, torch.bfloat16, torch.float16}
-    if weight not in (torch.float32, torch.float64) or gradient not in allowed or not set(copies) <= allowed:
-        return f"weights are {weight}, gradients {gradient}, copies {copies}: must be fp32 or fp64, and no wider"
-    if not set(moments) <= ({torch.float64} if wide else set(_MOMENTS)) or len(set(moments)) > 1:
-        return f"moments are {moments} beside {weight} weights: must be fp32 or bf16, fp64 beside fp64"
-    if not all(x.is_contiguous() for tensors in lists for x in tensors):
-        return "arrays are not contiguous"
+def step_values(
+    lr: float, *, grad_scale: float = 1.0, step: int = 1, betas: tuple[float, float] | None = None
+) -> Tensor:
+    """The array `step` for step number `step` (from 1 on), its gradients divided by `grad_scale`, infinity included.
+
+    Without `betas` moments are not corrected for their start at zero.
+    """
+    first, second = (1.0, 1.0) if betas is None else (1.0 - betas[0] ** step, 1.0 - betas[1] ** step)
+    return torch.tensor([lr, 1.0, grad_scale, first, second, float(step == 1)], dtype=torch.float64)
+
+
+def adam(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    multipliers: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    is_decoupled: bool = True,
+    zeroes_gradients: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Adam, or AdamW where the decay `is_decoupled`, in place."""
+    if parameters:
+        run = _chosen(parameters[0], backend, optimizer_reference.adam, adam_op, _adam)
+        lists = [list(tensors) for tensors in (parameters, gradients, exp_avgs, exp_avg_sqs, weights)]
+        run(*lists, multipliers, step, beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients)
+
+
+def lion(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    multipliers: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    zeroes_gradients: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Lion, in place: `beta1` is of the direction, `beta2` of the momentum that is kept."""
+    if parameters:
+        run = _chosen(parameters[0], backend, optimizer_reference.lion, lion_op, _lion)
+        lists = [list(tensors) for tensors in (parameters, gradients, exp_avgs, weights)]
+        run(*lists, multipliers, step, beta1, beta2, weight_decay, zeroes_gradients)
+
+
+def sgd(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    multipliers: Tensor,
+    step: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    is_nesterov: bool = False,
+    zeroes_gradients: bool = False,
+    backend: str = "auto",
+) -> None:
+    """SGD in torch's form, in place. `momentum_buffers` are empty where `momentum` is 0; they start as first gradients."""
+    if parameters:
+        run = _chosen(parameters[0], backend, optimizer_reference.sgd, sgd_op, _sgd)
+        lists = [list(tensors) for tensors in (parameters, gradients, momentum_buffers, weights)]
+        run(*lists, multipliers, step, momentum, dampening, weight_decay, is_nesterov, zeroes_gradients)
+
+
+def sum_of_squares(tensors: Sequence[Tensor], backend: str = "auto") -> Tensor:
+    """The sum of the squares of all elements, accumulated in float64 in an order that the sizes alone determine: a scalar.
+
+    `tensors`: contiguous, of one dtype. It is finite if they are (float64: if their squares are), and else is not.
+    """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    run = _chosen(tensors[0], backend, optimizer_reference.sum_of_squares, sum_of_squares_op, _sum_of_squares)
+    total: Tensor = run(list(tensors))
+    return total
+
+
+def _chosen(first: Tensor, backend: str, reference: Any, op: Any, native: Any) -> Any:
+    """What runs for `backend`, where `first` is one of the tensors."""
+    if backend == "reference":
+        return reference
+    return op if library.is_traced(first) else native
+
+
+# --- checks -------------------------------------------------------------------------------------------------------------
+
+
+def _refusal(parameter: Tensor, gradient: Tensor, states: Sequence[Tensor], weight: Tensor | None) -> str:
+    """Why the native optimizers do not take tensors like these; empty if they do."""
+    if library.CPU is None:
+        return library.MISSING or "the native library is switched off"
+    named = [("parameter", parameter), ("gradient", gradient), *(("state", state) for state in states)]
+    for name, tensor in named if weight is None else [*named, ("weight", weight)]:
+        if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+            return f"{name}: {tensor.dtype} on {tensor.device}; it must be a floating-point tensor on the CPU"
+    if parameter.dtype not in _MASTERS:
+        return f"parameter: {parameter.dtype}; it must be fp32 or fp64"
+    for state in states:
+        is_short = parameter.dtype == torch.float32 and state.dtype == torch.bfloat16
+        if state.dtype != states[0].dtype or not (state.dtype == parameter.dtype or is_short):
+            return f"state: {state.dtype} beside {parameter.dtype}; all must be like it, or all bf16 beside fp32"
     return ""
 
 
-def update_arrays(arrays: Arrays, update: Update) -> None:
-    """Update all arrays in place. Raises KernelError where lists are not parallel.
+def _slices(
+    name: str,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]],
+    weights: Sequence[Tensor],
+) -> array[int]:
+    """The native table of slices: for each the addresses of parameter, gradient, two states, weight, and its elements."""
+    sizes = [parameter.numel() for parameter in parameters]
+    absent = [0] * len(sizes)
+    columns = [_column(name, members, sizes) for members in (parameters, gradients, *states)]
+    columns += [absent] * (4 - len(columns))
+    columns.append(_column(name, weights, sizes) if weights else absent)
+    firsts = [members[0] for members in states]
+    reason = _refusal(parameters[0], gradients[0], firsts, weights[0] if weights else None)
+    if reason:
+        raise KernelError(f"{name}: {reason}")
+    return array("q", chain.from_iterable(zip(*columns, sizes, strict=True)))
 
-    Addresses are asked for each time: what is offloaded lies elsewhere in each step.
-    """
-    assert LIBRARY is not None
-    lengths, num_moments = [x.numel() for x in arrays.weights], len(arrays.moments)
-    lists = (arrays.weights, arrays.gradients, *arrays.moments, *([arrays.copies] if arrays.copies else []))
-    if any([x.numel() for x in tensors] != lengths for tensors in lists):
-        raise KernelError(f"optimizer: lists of {[len(x) for x in lists]} tensors: must be parallel, of equal sizes")
-    step = LIBRARY.OptimizerStep(
-        update.kind,
-        DTYPES[arrays.weights[0].dtype],
-        DTYPES[arrays.gradients[0].dtype],
-        DTYPES[(arrays.moments[0] if num_moments else arrays.weights)[0].dtype],
-        DTYPES[arrays.copies[0].dtype] if arrays.copies else 0,
-        update.values.data_ptr(),
-        update.weight_decay,
-        *update.betas,
-        update.eps,
-        update.dampening,
-        update.decoupled,
-        update.nesterov,
-        update.clears_gradients,
+
+def _column(name: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[int]:
+    """The addresses of a list of tensors, which have these numbers of elements."""
+    if len(tensors) != len(sizes):
+        raise KernelError(
+            f"{name}: {len(tensors)} tensors beside {len(sizes)} parameters: all lists must be of one length"
+        )
+    dtype, device = tensors[0].dtype, tensors[0].device
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if tensor.dtype != dtype or tensor.device != device or tensor.numel() != size or not tensor.is_contiguous():
+            raise KernelError(
+                f"{name}: a tensor {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}, "
+                f"where {size} elements {dtype} on {device} are due: tensors of a list must be contiguous, of one dtype "
+                "and device, and as large as their parameters"
+            )
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _check_numbers(name: str, count: int, multipliers: Tensor, step: Tensor) -> None:
+    for what, tensor, shape in (("multipliers", multipliers, (count, 2)), ("step", step, (STEP_VALUES,))):
+        is_plain = tensor.dtype == torch.float64 and tensor.device.type == "cpu" and tensor.is_contiguous()
+        if tuple(tensor.shape) != shape or not is_plain:
+            raise KernelError(
+                f"{name}: {what} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}: must be {shape}, contiguous "
+                "float64 on the CPU"
+            )
+
+
+# --- what runs ----------------------------------------------------------------------------------------------------------
+
+
+def _dtype_code(tensors: Sequence[Tensor]) -> int:
+    return DTYPES[tensors[0].dtype] if tensors else 0
+
+
+def _adam(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    multipliers: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    is_decoupled: bool,
+    zeroes_gradients: bool,
+) -> None:
+    _check_numbers("adam", len(parameters), multipliers, step)
+    table = _slices("adam", parameters, gradients, (exp_avgs, exp_avg_sqs), weights)
+    library.CPU.adam(
+        *(_dtype_code(parameters), _dtype_code(gradients), _dtype_code(exp_avgs), _dtype_code(weights)),
+        *(table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr()),
+        *(beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients, torch.get_num_threads()),
     )
-    held = [array("Q", [x.data_ptr() for x in tensors]) for tensors in lists]
-    sizes = array("q", lengths)
-    weights, gradients, *rest = (addresses.buffer_info()[0] for addresses in held)
-    moments = rest[:num_moments] + [0] * (2 - num_moments)
-    copies = rest[num_moments] if arrays.copies else 0
-    at = sizes.buffer_info()[0]
-    CPU.optimizer_step(step, weights, gradients, *moments, copies, at, len(sizes), torch.get_num_threads())
-    for tensors in (arrays.weights, *arrays.moments, arrays.copies):
-        for x in tensors:
-            torch.autograd.graph.increment_version(x)
 
 
-def sum_of_squares(pieces: Sequence[Tensor]) -> float:
-    """Sum of the squares of contiguous CPU tensors of one dtype, in fp64; infinities and NaN come through.
+def _lion(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    multipliers: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    zeroes_gradients: bool,
+) -> None:
+    _check_numbers("lion", len(parameters), multipliers, step)
+    table = _slices("lion", parameters, gradients, (exp_avgs,), weights)
+    library.CPU.lion(
+        *(_dtype_code(parameters), _dtype_code(gradients), _dtype_code(exp_avgs), _dtype_code(weights)),
+        *(table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr()),
+        *(beta1, beta2, weight_decay, zeroes_gradients, torch.get_num_threads()),
+    )
 
-    The same bits for any number of threads.
-    """
-    if not pieces:
-        return 0.0
-    if not library.serves(*pieces) or not all(x.is_contiguous() for x in pieces):
-        raise KernelError(f"sum_of_squares: {library.why_not(*pieces)}, contiguous")
-    places, sizes = array("Q", [x.data_ptr() for x in pieces]), array("q", [x.numel() for x in pieces])
-    at = places.buffer_info()[0], sizes.buffer_info()[0]
-    return CPU.sum_of_squares(DTYPES[pieces[0].dtype], *at, len(pieces), torch.get_num_threads())
+
+def _sgd(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    multipliers: Tensor,
+    step: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    is_nesterov: bool,
+    zeroes_gradients: bool,
+) -> None:
+    _check_numbers("sgd", len(parameters), multipliers, step)
+    table = _slices("sgd", parameters, gradients, (momentum_buffers,) if momentum else (), weights)
+    library.CPU.sgd(
+        *(_dtype_code(parameters), _dtype_code(gradients), _dtype_code(momentum_buffers), _dtype_code(weights)),
+        *(table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr()),
+        *(momentum, dampening, weight_decay, is_nesterov, zeroes_gradients, torch.get_num_threads()),
+    )
+
+
+def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    if not library.serves(tensors[0]):
+        raise KernelError(f"sum_of_squares: {library.why_not(tensors[0])}")
+    sizes = [tensor.numel() for tensor in tensors]
+    addresses = _column("sum_of_squares", tensors, sizes)
+    table = array("q", chain.from_iterable(zip(addresses, sizes, strict=True)))
+    total = torch.empty((), dtype=torch.float64)
+    library.CPU.sum_of_squares(
+        DTYPES[tensors[0].dtype], table.buffer_info()[0], len(sizes), total.data_ptr(), torch.get_num_threads()
+    )
+    return total
+
+
+# --- the library's form -------------------------------------------------------------------------------------------------
+
+_NUMBERS = "Tensor multipliers, Tensor step"
+
+
+def _nothing(*_: object) -> None:
+    """The shapes of an op that has no result."""
+
+
+def _scalar(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].new_empty((), dtype=torch.float64)
+
+
+adam_op = define(
+    "adam(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+    f" Tensor(e!)[] weights, {_NUMBERS}, float beta1, float beta2, float eps, float weight_decay, bool is_decoupled,"
+    " bool zeroes_gradients) -> ()",
+    _adam,
+    _nothing,
+)
+lion_op = define(
+    f"lion(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] exp_avgs, Tensor(d!)[] weights, {_NUMBERS},"
+    " float beta1, float beta2, float weight_decay, bool zeroes_gradients) -> ()",
+    _lion,
+    _nothing,
+)
+sgd_op = define(
+    "sgd(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] momentum_buffers, Tensor(d!)[] weights,"
+    f" {_NUMBERS}, float momentum, float dampening, float weight_decay, bool is_nesterov, bool zeroes_gradients) -> ()",
+    _sgd,
+    _nothing,
+)
+sum_of_squares_op = define("sum_of_squares(Tensor[] tensors) -> Tensor", _sum_of_squares, _scalar)
