@@ -1,10 +1,11 @@
-"""The optimizers' one pass and the sum of squares: beside torch's own and float64, on every instruction set, however cut."""
+"""The optimizers' one pass and the sum of squares: beside torch's own and float64, on every instruction set, and cut."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -126,7 +127,8 @@ def test_error_beside_torchs(kind: str, scale: float, size: int, instruction_set
         for ours, theirs, true in zip(shards[0].tensors(), shards[1].tensors(), truth, strict=True):
             own, other = ((t.double() - true).abs().max() for t in (ours, theirs))
             unit = torch.finfo(dtype).eps * true.abs().max()
-            assert own <= 2 * other + unit, (kind, dtype, float(own / unit), float(other / unit))
+            units = 1 if dtype == torch.float32 and size > 100 else 8  # the luck of few; the truth's own roundings
+            assert own <= 2 * other + units * unit, (kind, dtype, float(own / unit), float(other / unit))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,7 +202,7 @@ def test_bits_do_not_depend_on_processor_threads_or_cut(
         for count, cuts in ((1, (0, size)), (2, (0, size)), (2, (0, 1, 18, 40003, 40003, size))):
             threads(count)
             whole = make(kind, (size,), torch.float32, state=state, gradient=torch.bfloat16, weight=torch.float16)
-            views = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+            views = [slice(a, b) for a, b in pairwise(cuts)]
             for step in (1, 2):
                 fill(whole, step)
                 for at in views:  # one call each, so that all have the same multipliers
@@ -246,6 +248,16 @@ def test_memory_is_looked_up_at_every_step() -> None:
             t.copy_(value)
         assert all(bool((b == 9.0).all()) for b in blocker)
     assert torch.equal(shard.parameters[0], other.parameters[0])
+
+
+def test_autograd_sees_the_change() -> None:
+    shard = make("sgd", (100,), torch.float32, weight=torch.bfloat16)
+    before = [t._version for t in shard.tensors()]
+    update("sgd", shard, 1)
+    after = [t._version for t in shard.tensors()]
+    assert [a > b for a, b in zip(after, before, strict=True)] == [True, False, True, True]
+    update("sgd", shard, 2, zeroes_gradients=True)
+    assert shard.gradients[0]._version > after[1]
 
 
 # --- sum of squares -----------------------------------------------------------------------------------------------------

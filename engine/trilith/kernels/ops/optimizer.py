@@ -81,6 +81,8 @@ def adam(
         run = _chosen(parameters[0], backend, optimizer_reference.adam, adam_op, _adam)
         lists = [list(tensors) for tensors in (parameters, gradients, exp_avgs, exp_avg_sqs, weights)]
         run(*lists, multipliers, step, beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients)
+        if run is _adam:
+            _note_changes(lists, zeroes_gradients)
 
 
 def lion(
@@ -101,6 +103,8 @@ def lion(
         run = _chosen(parameters[0], backend, optimizer_reference.lion, lion_op, _lion)
         lists = [list(tensors) for tensors in (parameters, gradients, exp_avgs, weights)]
         run(*lists, multipliers, step, beta1, beta2, weight_decay, zeroes_gradients)
+        if run is _lion:
+            _note_changes(lists, zeroes_gradients)
 
 
 def sgd(
@@ -122,6 +126,8 @@ def sgd(
         run = _chosen(parameters[0], backend, optimizer_reference.sgd, sgd_op, _sgd)
         lists = [list(tensors) for tensors in (parameters, gradients, momentum_buffers, weights)]
         run(*lists, multipliers, step, momentum, dampening, weight_decay, is_nesterov, zeroes_gradients)
+        if run is _sgd:
+            _note_changes(lists, zeroes_gradients)
 
 
 def sum_of_squares(tensors: Sequence[Tensor], backend: str = "auto") -> Tensor:
@@ -136,8 +142,15 @@ def sum_of_squares(tensors: Sequence[Tensor], backend: str = "auto") -> Tensor:
     return total
 
 
+def _note_changes(lists: Sequence[Sequence[Tensor]], zeroes_gradients: bool) -> None:
+    """Let autograd know what was written: all lists but the second, the gradients, unless they became zero."""
+    for number, tensors in enumerate(lists):
+        if tensors and (number != 1 or zeroes_gradients):
+            torch.autograd.graph.increment_version(tensors)
+
+
 def _chosen(first: Tensor, backend: str, reference: Any, op: Any, native: Any) -> Any:
-    """What runs for `backend`, where `first` is one of the tensors."""
+    """What runs for `backend`, where `first` is one of the tensors. The library's form notes changes by its schema."""
     if backend == "reference":
         return reference
     return op if library.is_traced(first) else native
