@@ -4,7 +4,7 @@ BIN := .venv/bin
 SET ?=
 overrides = $(foreach s,$(SET),--set $(s))
 
-.PHONY: setup train test check matrix bench gpu gpu-deps clean
+.PHONY: setup train test test-native check matrix bench gpu gpu-deps clean
 
 train: setup
 	$(BIN)/trilith train configs/quickstart.json $(overrides)
@@ -12,9 +12,13 @@ train: setup
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests
 
+# The tests of csrc/, without Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
+test-native: setup
+	$(BIN)/python csrc/build.py test
+
 check: setup
-	$(BIN)/ruff check engine launcher benchmarks tests setup.py
-	$(BIN)/ruff format --check engine launcher benchmarks tests setup.py
+	$(BIN)/ruff check engine launcher benchmarks tests csrc setup.py
+	$(BIN)/ruff format --check engine launcher benchmarks tests csrc setup.py
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 

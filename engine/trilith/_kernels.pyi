@@ -8,3 +8,5 @@ has_openmp: bool
 base: ModuleType
 avx2: ModuleType
 avx512: ModuleType
+io: ModuleType
+data: ModuleType

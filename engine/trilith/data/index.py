@@ -47,11 +47,12 @@ def sample_runs(ends: Ids, positions: Ids, length: int) -> Runs:
     capacity, count = 4 * len(positions), -1
     while count < 0 or count > capacity:
         capacity = max(count, capacity)
-        slots, offsets, lengths = np.empty((3, capacity), dtype=np.int64)
-        found = [_address(array) for array in (starts, slots, offsets, lengths)]
+        table = np.empty((3, capacity), dtype=np.int64)
+        found = [_address(table) + 8 * capacity * row for row in range(3)]
         inputs = (_address(ends), len(ends), _address(positions), len(positions))
-        count = native.sample_runs(*inputs, length, capacity, *found)
-    return Runs(starts, slots[:count], offsets[:count], lengths[:count])
+        count = native.sample_runs(*inputs, length, capacity, _address(starts), *found)
+    slots, offsets, lengths = table[:, :count]
+    return Runs(starts, slots, offsets, lengths)
 
 
 def sample_runs_in_python(ends: Ids, positions: Ids, length: int) -> Runs:

@@ -1,0 +1,166 @@
+"""How csrc/ is compiled: the flags, once, for the library that `setup.py` builds and for the program that tests it.
+
+`python csrc/build.py test [FOLDER]` builds the tests of csrc/tests, under AddressSanitizer and UndefinedBehaviorSanitizer,
+in FOLDER (build/native_tests) and runs them. Needs a C++17 compiler and ninja, for the library pybind11, too; never torch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+
+# Each file of csrc/cpu is compiled once for each of these, in a namespace of that name (csrc/common/vec.h).
+X86_SETS = {
+    "base": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+}
+# GCC 12 takes the undefined operand of its own AVX-512 intrinsics for an uninitialised variable.
+CXX_FLAGS = (
+    "-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized"
+)
+# Here nothing may be fused but what says fma: random numbers must be the same bits on every set, and differences of equal
+# products must be zero.
+UNFUSED = ("random", "dropout", "norm", "optimizer")
+NOT_PER_SET = ("tables",)
+OPTIMIZED = "-O3"
+# Every step that the sanitizers object to ends the program. Frames stay, so that what they say names functions.
+# Unoptimised, GCC warns of its intrinsics more than it does already.
+SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-uninitialized"
+
+
+class KernelsUnavailable(Exception):
+    """Why the kernels cannot be built here."""
+
+
+def find_compiler() -> str:
+    """The C++ compiler's command: CXX, else the first on PATH."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if not compiler:
+        raise KernelsUnavailable("no C++ compiler (g++, clang++ or c++) on PATH, and CXX is not set")
+    return compiler
+
+
+def build_library(target: Path, folder: Path, verbose: bool = False) -> None:
+    """Make `target`, the extension `trilith._kernels`, with its objects in `folder`."""
+    compiler = find_compiler()
+    try:
+        import ninja  # noqa: F401
+        import pybind11
+    except ImportError as missing:
+        raise KernelsUnavailable(f"the Python package {missing.name} is missing: pip install {missing.name}") from None
+    headers = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"
+    sources = [source for source in all_sources() if source.parent.name not in ("tests", "cuda")]
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _run_ninja(_rules(compiler, sources, target, f"{OPTIMIZED} {headers}", "-shared"), folder, compiler, verbose)
+
+
+def build_tests(folder: Path, verbose: bool = False) -> Path:
+    """Make the program that tests the library, without Python and under the sanitizers; returns its path."""
+    compiler, target = find_compiler(), folder.resolve() / "native_tests"
+    python = {CSRC / "bindings.cpp", *CSRC.glob("*/bind.cpp")}
+    sources = [source for source in all_sources() if source not in python and source.parent.name != "cuda"]
+    _run_ninja(_rules(compiler, sources, target, SANITIZED, SANITIZED), folder, compiler, verbose)
+    return target
+
+
+def all_sources() -> list[Path]:
+    """Every source file."""
+    return sorted(CSRC.glob("**/*.cpp"))
+
+
+def _rules(compiler: str, sources: list[Path], target: Path, flags: str, link_flags: str) -> str:
+    """The build file: the sources, those of csrc/cpu once for each instruction set."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sets = X86_SETS if is_x86 else {"base": ""}
+    threads = openmp(compiler)
+    lines = [
+        f"cxx = {compiler}",
+        f"flags = {CXX_FLAGS} {flags} {'-DTRILITH_X86' if is_x86 else ''} {threads} -I {CSRC}",
+        f"ldflags = {threads} -pthread {os.environ.get('LDFLAGS', '')}",
+        "rule compile",
+        f"  command = $cxx $flags {os.environ.get('CXXFLAGS', '')} $more -MMD -MF $out.d -c $in -o $out",
+        "  description = $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx {link_flags} $in $ldflags -o $out",
+    ]
+    objects = []
+
+    def add(source: Path, name: str, more: str = "") -> None:
+        objects.append(name)
+        lines.extend([f"build {name}: compile {source}", f"  more = {more}"])
+
+    for source in sources:
+        room = source.parent.name
+        unfused = "-ffp-contract=off" if source.stem in UNFUSED or room == "data" else ""
+        if room != "cpu" or source.stem in NOT_PER_SET:
+            add(source, f"{room}_{source.stem}.o", unfused)
+            continue
+        for name, options in sets.items():
+            add(source, f"{source.stem}_{name}.o", f"{options} {unfused} -DTRILITH_ISA={name}")
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    lines.append(f"default {target}")
+    return "\n".join(lines) + "\n"
+
+
+def _run_ninja(rules: str, folder: Path, compiler: str, verbose: bool) -> None:
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(rules)
+    command = [_find_ninja(), "-C", str(folder), *(["-v"] if verbose else [])]
+    try:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as problem:
+        raise KernelsUnavailable(f"ninja did not start: {problem}") from None
+    if result.returncode:
+        print(result.stdout, file=sys.stderr)
+        raise KernelsUnavailable(f"{compiler} failed; its output stands above")
+
+
+def _find_ninja() -> str:
+    try:
+        import ninja
+    except ImportError:
+        return "ninja"
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def openmp(compiler: str) -> str:
+    """-fopenmp, where the compiler has it."""
+    tried = subprocess.run(
+        [*shlex.split(compiler), "-fopenmp", "-x", "c++", "-", "-o", os.devnull],
+        input="#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n",
+        text=True,
+        capture_output=True,
+    )
+    return "-fopenmp" if tried.returncode == 0 else ""
+
+
+def main() -> int:
+    """Build and run the tests; returns their exit code."""
+    words = sys.argv[1:]
+    if not words or words[0] != "test" or len(words) > 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    folder = Path(words[1]) if len(words) == 2 else CSRC.parent / "build" / "native_tests"
+    try:
+        program = build_tests(folder)
+    except KernelsUnavailable as reason:
+        print(f"the native tests were not built: {reason}", file=sys.stderr)
+        return 1
+    return subprocess.run([str(program)]).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
