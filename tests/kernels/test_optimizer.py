@@ -1,4 +1,4 @@
-"""The optimizers' one pass and the sum of squares: beside torch's own and float64, on every instruction set, and cut."""
+"""The optimizers' one pass and the sum of squares: beside torch's and float64, on every instruction set, however cut."""
 
 from __future__ import annotations
 
