@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trilith.config import load_config, resolve
+from trilith.kernels import library
 from trilith.optim import base
 from trilith.optim.adagrad import Adagrad, AdagradOptions
 from trilith.optim.adamw import Adam, AdamOptions
@@ -99,10 +101,11 @@ def run(optimizer: Optimizer, parts: list[FlatPartition], plain: Any, options: A
     return max(float((p.parameter.double() - e).abs().max()) for p, e in zip(parts, expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("scale", [1.0, 3.7])
 @pytest.mark.parametrize("correction", [True, False])
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_adam(decoupled: bool, correction: bool, scale: float) -> None:
+def test_adam(decoupled: bool, correction: bool, scale: float, backend: str) -> None:
     options = AdamOptions((0.8, 0.95), 1e-6, 0.3, decoupled, correction)
     for dtype, grad_dtype, limit in (
         (torch.float64, torch.float64, 1e-14),
@@ -110,9 +113,10 @@ def test_adam(decoupled: bool, correction: bool, scale: float) -> None:
         (torch.float32, torch.bfloat16, 2e-6),
     ):
         parts = partitions(dtype, grad_dtype)
-        assert run(Adam(parts, options), parts, plain_adam, options, scale) < limit
+        assert run(Adam(parts, options, backend), parts, plain_adam, options, scale) < limit
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("scale", [1.0, 3.7])
 @pytest.mark.parametrize(
     "options",
@@ -123,17 +127,18 @@ def test_adam(decoupled: bool, correction: bool, scale: float) -> None:
         SGDOptions(momentum=0.9, nesterov=True, weight_decay=0.1),
     ],
 )
-def test_sgd(options: SGDOptions, scale: float) -> None:
+def test_sgd(options: SGDOptions, scale: float, backend: str) -> None:
     for dtype, limit in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
         parts = partitions(dtype)
-        optimizer = SGD(parts, options)
+        optimizer = SGD(parts, options, backend)
         assert run(optimizer, parts, plain_sgd, options, scale) < limit
         assert optimizer.state_roles == (("momentum_buffer",) if options.momentum else ())
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("scale", [1.0, 3.7])
 @pytest.mark.parametrize("batch_numel", [1, 30, 1 << 24])
-def test_lion_and_adagrad(batch_numel: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lion_and_adagrad(batch_numel: int, scale: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "BATCH_NUMEL", batch_numel)
     lion = LionOptions((0.8, 0.95), 0.3)
     adagrad = AdagradOptions(eps=1e-6, weight_decay=0.3, lr_decay=0.1, initial_accumulator_value=0.2)
@@ -143,7 +148,7 @@ def test_lion_and_adagrad(batch_numel: int, scale: float, monkeypatch: pytest.Mo
         (torch.float32, torch.bfloat16, 2e-6),
     ):
         parts = partitions(dtype, grad_dtype)
-        assert run(Lion(parts, lion), parts, plain_lion, lion, scale) < limit
+        assert run(Lion(parts, lion, backend), parts, plain_lion, lion, scale) < limit
         parts = partitions(dtype, grad_dtype)
         assert run(Adagrad(parts, adagrad), parts, plain_adagrad, adagrad, scale) < limit
 
@@ -171,6 +176,21 @@ def test_gradients_change_only_where_there_is_a_scale(kind: Any) -> None:
     before = [part.gradient.clone() for part in parts]
     kind(parts, options[kind]).step(0.1)
     assert all(torch.equal(part.gradient, old) for part, old in zip(parts, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Adam, SGD, Lion, Adagrad])
+def test_weights_are_rounded_on_the_way_where_that_is_native(kind: Any) -> None:
+    options = {Adam: AdamOptions(), SGD: SGDOptions(0.9), Lion: LionOptions(), Adagrad: AdagradOptions()}[kind]
+    parts = [replace(p, weight=torch.zeros(p.parameter.shape, dtype=torch.bfloat16)) for p in partitions(torch.float32)]
+    fill_gradients(parts, 0)
+    optimizer, is_native = kind(parts, options), kind is not Adagrad and library.CPU is not None
+    assert optimizer.step_parts((1,), 0.1) == is_native
+    assert parts[0].weight is not None and not parts[0].weight.any()
+    if is_native:
+        assert parts[1].weight is not None and torch.equal(parts[1].weight, parts[1].parameter.bfloat16())
+        optimizer.rebind([parts[0], replace(parts[1], weight=None)])
+        assert not optimizer.step_parts((0, 1), 0.1)  # all or nothing
+        assert not parts[0].weight.any()
 
 
 def test_the_same_steps_give_the_same_bits() -> None:
