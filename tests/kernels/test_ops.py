@@ -225,7 +225,8 @@ def check_accuracy(op: Op, inputs: list[Tensor]) -> None:
         size = float(truth.abs().max())
         size = max(1.0, size) if dtype == torch.float64 or size == 0.0 else size
         floor = roundings * torch.finfo(dtype).eps * size
-        limit = max((3 if i else 2) * error(plain, truth), floor)
+        # On a GPU the op is torch's own fused one, beside torch's chain of ops.
+        limit = max((3 if i or value.is_cuda else 2) * error(plain, truth), floor)
         what = f"gradient {i - 1}" if i else "output"
         assert error(value, truth) <= limit, f"{op.name} {what}: {error(value, truth):.3g} > {limit:.3g}"
 
