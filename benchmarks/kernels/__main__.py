@@ -11,7 +11,18 @@ from benchmarks.harness import Benchmark, matmul_flops_per_s, option_parser
 from benchmarks.kernels.limits import copy_bytes_per_s
 from trilith.kernels import library
 
-FAMILIES = ("norm", "attention", "cross_entropy", "activation", "rotary", "dropout", "optimizer", "gpt_step")
+FAMILIES = (
+    "norm",
+    "attention",
+    "cross_entropy",
+    "activation",
+    "rotary",
+    "dropout",
+    "optimizer",
+    "data",
+    "io",
+    "gpt_step",
+)
 
 
 def main() -> int:
