@@ -25,7 +25,7 @@ from trilith.kernels.reference import accumulation_dtype
 
 # A chunk of logits is less than an eighth of all; more than this many tokens make the products no faster.
 _PARTS, _MOST_TOKENS, _GRAIN = 9, 1024, 16
-_PRODUCT_ROWS = 512  # of the weight
+_PRODUCT_ROWS = 1024  # of the weight
 
 
 @dataclass(frozen=True)
