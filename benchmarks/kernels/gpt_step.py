@@ -11,9 +11,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.harness import Benchmark
-from benchmarks.step import RTOL, Pair, config
+from benchmarks.step import Pair, config
 
 LAYERS, SAMPLES, LENGTH, VOCABULARY = 4, 4, 128, 2048
+# In fp32, between kernels that sum in different orders, over five steps that each build on the last.
+RTOL = 5e-5
 
 
 def products(hidden: int) -> Callable[[], None]:
