@@ -308,7 +308,7 @@ def test_a_file_cut_short(tmp_path: Path, way: str, checksum: bool) -> None:
             store.write("second", tensor).wait()
         says(caught.value, "cannot write 'second'", "the file was cut short")
         store.read("first", torch.empty_like(tensor)).wait()
-    with stored(tmp_path, checksum=checksum, threads=1) as store:
+    with stored(tmp_path, checksum=checksum, threads=1, queue_depth=1) as store:
         store.reserve("only", tensor.nbytes)
         store.write("only", tensor).wait()
         os.ftruncate(store._file._descriptors[0], BLOCK)
