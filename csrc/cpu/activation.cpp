@@ -8,16 +8,15 @@
 
 #include "common/curves.h"
 #include "common/parallel.h"
+#include "common/rows.h"
 #include "cpu/kernels.h"
 
 namespace trilith::TRILITH_ISA {
 
 namespace {
 
-constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on are not kept in the caches
 constexpr int64_t kGrain = 1024;            // pieces of flat tensors begin at multiples, which keeps them aligned
 constexpr int64_t kComputeBytes = 4;        // a byte takes as long as so many that are only moved
-constexpr int64_t kMaxParts = 16, kMinRowsPerPart = 16;
 
 enum Kind { kGelu = 0, kGeluTanh = 1, kSilu = 2 };
 
@@ -79,23 +78,6 @@ void with_kind(int kind, F&& f) {
     }
 }
 
-// f(put) with a `put(address, register, lanes)` that writes past the caches or not.
-template <class T, class F>
-inline void with_store(bool streamed, F&& f) {
-    using V = Vec<wide_t<T>>;
-    if (streamed) {
-        f([](T* p, V v, int64_t) { stream(p, v); });
-        stream_fence();
-    } else {
-        f([](T* p, V v, int64_t lanes) { store_some(p, v, lanes); });
-    }
-}
-
-template <class T>
-bool is_streamed(const T* result, int64_t elements, int64_t stride) {
-    return elements * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && streams(result, stride);
-}
-
 template <class T, int kind>
 void forward(const T* x, const T* bias, T* y, int64_t rows, int64_t width, int threads) {
     using A = wide_t<T>;
@@ -143,7 +125,7 @@ void bias_backward(const T* dy, const T* x, const T* bias, T* dx, T* dbias, int6
     using A = wide_t<T>;
     const int used = useful_threads(threads, kComputeBytes * rows * width * static_cast<int64_t>(sizeof(T)));
     const bool streamed = is_streamed(dx, rows * width, width);
-    const int64_t parts = std::clamp<int64_t>(rows / kMinRowsPerPart, 1, kMaxParts);
+    const int64_t parts = row_parts(rows);
     std::unique_ptr<A, void (*)(void*)> partial((A*)std::calloc(parts * width, sizeof(A)), std::free);
     for_each_part(parts, used, [&](int64_t part) {
         A* sums = partial.get() + part * width;

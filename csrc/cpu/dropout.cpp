@@ -9,15 +9,14 @@
 
 #include "common/parallel.h"
 #include "common/philox.h"
+#include "common/rows.h"
 #include "cpu/kernels.h"
 
 namespace trilith::TRILITH_ISA {
 
 namespace {
 
-constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on are not kept in the caches
 constexpr int64_t kChunk = 1024;            // decisions at once
-constexpr int64_t kMaxParts = 16, kMinRowsPerPart = 16;
 
 // Which decision belongs to which element: rows are (sample, position), batch major.
 struct Tokens {
@@ -80,7 +79,7 @@ void dropout_forward(int dtype, Address x, Address bias, Address residual, Addre
         using A = wide_t<T>;
         const A scale = static_cast<A>(stream_of.scale);
         const int64_t rows = batch * length;
-        const bool streamed = rows * width * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && streams((T*)y, width);
+        const bool streamed = is_streamed((T*)y, rows * width, width);
         auto row_of = [&](int64_t row, auto&& put) {
             const T* from = (const T*)x + row * width;
             const T* sum = residual ? (const T*)residual + row * width : nullptr;
@@ -100,13 +99,9 @@ void dropout_forward(int dtype, Address x, Address bias, Address residual, Addre
             });
         };
         for_each_piece(rows, threads_for(threads, rows * width), 1, [&](int64_t begin, int64_t end) {
-            if (streamed) {
-                for (int64_t row = begin; row < end; ++row) row_of(row, [](T* p, Vec<A> v, int64_t) { stream(p, v); });
-                stream_fence();
-            } else {
-                for (int64_t row = begin; row < end; ++row)
-                    row_of(row, [](T* p, Vec<A> v, int64_t lanes) { store_some(p, v, lanes); });
-            }
+            with_store<T>(streamed, [&](auto put) {
+                for (int64_t row = begin; row < end; ++row) row_of(row, put);
+            });
         });
     });
 }
@@ -120,7 +115,7 @@ void dropout_bias_backward(int dtype, Address dy, Address dx, Address dbias, Add
         using T = typename decltype(tag)::type;
         using A = wide_t<T>;
         const A scale = static_cast<A>(stream_of.scale);
-        const int64_t rows = batch * length, parts = std::clamp<int64_t>(rows / kMinRowsPerPart, 1, kMaxParts);
+        const int64_t rows = batch * length, parts = row_parts(rows);
         std::unique_ptr<A, void (*)(void*)> partial((A*)std::calloc(parts * width, sizeof(A)), std::free);
         const int used = threads_for(threads, rows * width);
         for_each_part(parts, used, [&](int64_t part) {

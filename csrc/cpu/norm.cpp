@@ -9,16 +9,14 @@
 #include <memory>
 
 #include "common/parallel.h"
-#include "common/vec.h"
+#include "common/rows.h"
 #include "cpu/kernels.h"
 
 namespace trilith::TRILITH_ISA {
 
 namespace {
 
-constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on are not kept in the caches
 constexpr int kRows = 2;
-constexpr int64_t kMaxParts = 16, kMinRowsPerPart = 16;
 
 template <class T>
 struct Forward {
@@ -48,16 +46,6 @@ inline A row_sum(int64_t n, F&& term) {
     return trilith::TRILITH_ISA::sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// Calls f(put) with the way to store: past the caches, or into them.
-template <class T, class F>
-inline void with_store(bool streamed, F&& f) {
-    using A = wide_t<T>;
-    if (streamed)
-        f([](T* p, Vec<A> v, int64_t) { stream(p, v); });
-    else
-        f([](T* p, Vec<A> v, int64_t count) { store_some(p, v, count); });
-}
-
 // One row; `row_sum` is a row of memory for the sum with the residual, `next` what is read after this row.
 template <class T, bool is_rms, class Row>
 void norm_row(const Forward<T>& op, int64_t row, const Row* x, wide_t<T> total, const T* next, const T* next_residual) {
@@ -72,7 +60,7 @@ void norm_row(const Forward<T>& op, int64_t row, const Row* x, wide_t<T> total, 
     if constexpr (!is_rms) op.mean[row] = mean;
     op.rstd[row] = rstd;
     T* y = op.y + row * n;
-    with_store<T>(op.streamed, [&](auto put) {
+    with_put<T>(op.streamed, [&](auto put) {
         each_register<A>(n, [&](int64_t i, int64_t count) {
             if (next) prefetch(next + i);
             if (next_residual) prefetch(next_residual + i);
@@ -100,7 +88,7 @@ void forward_rows(const Forward<T>& op, int64_t begin, int64_t end) {
         const T* residual = op.residual + row * n;
         T* sum = op.sum + row * n;
         A total = 0;
-        with_store<T>(op.streamed, [&](auto put) {
+        with_put<T>(op.streamed, [&](auto put) {
             total = row_sum<A>(n, [&](int64_t i, int64_t count) {
                 Vec<A> value = load_some(x + i, count) + load_some(residual + i, count);
                 put(sum + i, value, count);
@@ -166,7 +154,7 @@ void backward_rows(const Backward<T>& op, int64_t row, bool more_rows, wide_t<T>
             Vec<A> g = load_some(dy_row + i, lanes) * load_some(op.weight + i, lanes);
             return (g - mean_g - normal * mean_gx) * rstd[r];
         };
-        with_store<T>(op.streamed, [&](auto put) {
+        with_put<T>(op.streamed, [&](auto put) {
             if (dsum)
                 each_register<A>(n, [&](int64_t i, int64_t lanes) {
                     if (more_rows) prefetch(dsum + count * n + i);
@@ -198,7 +186,7 @@ void norm_forward(int dtype, Address x, Address residual, Address weight, Addres
         Forward<T> op{(const T*)x, (const T*)residual, (const T*)weight, (const T*)bias, (T*)sum,
                       (T*)y,       (A*)mean,           (A*)rstd,         width,          static_cast<A>(eps),
                       false};
-        op.streamed = bytes >= kStreamBytes && streams(op.y, width) && streams(op.sum, width);
+        op.streamed = is_streamed(op.y, rows * width, width) && streams(op.sum, width);
         for_each_piece(rows, useful_threads(threads, 2 * bytes), 1, [&](int64_t begin, int64_t end) {
             mean ? forward_rows<T, false>(op, begin, end) : forward_rows<T, true>(op, begin, end);
         });
@@ -213,8 +201,8 @@ void norm_backward(int dtype, Address dy, Address dsum, Address x, Address weigh
         const int64_t bytes = rows * width * static_cast<int64_t>(sizeof(T));
         Backward<T> op{(const T*)dy,  (const T*)dsum, (const T*)x, (const T*)weight, (const A*)mean,
                        (const A*)rstd, (T*)dx,         width,       false};
-        op.streamed = bytes >= kStreamBytes && streams(op.dx, width);
-        const int64_t parts = std::clamp<int64_t>(rows / kMinRowsPerPart, 1, kMaxParts);
+        op.streamed = is_streamed(op.dx, rows * width, width);
+        const int64_t parts = row_parts(rows);
         const int64_t lines = dbias ? 2 : 1;
         std::unique_ptr<A, void (*)(void*)> partial((A*)std::calloc(parts * lines * width, sizeof(A)), std::free);
         const int used = useful_threads(threads, 3 * bytes);

@@ -3,16 +3,10 @@
 // x and the result have strides of their own, so that q and k are read where the product of all three wrote them. A position's
 // angles stay in the nearest cache for all its heads; one tensor moves in and one out. Backward turns back: the same with -sin.
 #include "common/parallel.h"
-#include "common/vec.h"
+#include "common/rows.h"
 #include "cpu/kernels.h"
 
 namespace trilith::TRILITH_ISA {
-
-namespace {
-
-constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on are not kept in the caches
-
-}  // namespace
 
 void rotary(int dtype, Address x, Address y, Address cos, Address sin, int64_t batch, int64_t length, int64_t heads,
             int64_t half, int64_t x_sample, int64_t x_position, int64_t x_head, int64_t y_sample, int64_t y_position,
@@ -22,7 +16,7 @@ void rotary(int dtype, Address x, Address y, Address cos, Address sin, int64_t b
         using A = wide_t<T>;
         const int64_t bytes = 4 * batch * length * heads * half * static_cast<int64_t>(sizeof(T));
         const A sign = inverse ? A(-1) : A(1);
-        const bool streamed = bytes / 2 >= kStreamBytes && streams((const T*)y, half) && y_head == 2 * half &&
+        const bool streamed = is_streamed((const T*)y, 2 * batch * length * heads * half, half) && y_head == 2 * half &&
                               y_position == heads * y_head && x != y;
         auto turn = [&](int64_t begin, int64_t end, auto&& put) {
             for (int64_t row = begin; row < end; ++row) {
@@ -46,12 +40,7 @@ void rotary(int dtype, Address x, Address y, Address cos, Address sin, int64_t b
             }
         };
         for_each_piece(batch * length, useful_threads(threads, bytes), 1, [&](int64_t begin, int64_t end) {
-            if (streamed) {
-                turn(begin, end, [](T* p, Vec<A> v, int64_t) { stream(p, v); });
-                stream_fence();
-            } else {
-                turn(begin, end, [](T* p, Vec<A> v, int64_t lanes) { store_some(p, v, lanes); });
-            }
+            with_store<T>(streamed, [&](auto put) { turn(begin, end, put); });
         });
     });
 }
