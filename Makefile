@@ -40,7 +40,7 @@ gpu-deps:
 setup: .venv/.kernels
 
 # Kernels are built again where a source of theirs has changed.
-.venv/.kernels: .venv/.ready $(shell find csrc -name '*.cpp' -o -name '*.h')
+.venv/.kernels: .venv/.ready $(shell find csrc -type f ! -name '*.pyc')
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 

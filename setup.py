@@ -24,7 +24,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build, or say in one line what is missing."""
         try:
-            build_library(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / "kernels", bool(self.verbose))
+            build_library(Path(self.get_ext_fullpath(ext.name)), self._objects(), bool(self.verbose))
         except KernelsUnavailable as reason:
             if os.environ.get("TRILITH_REQUIRE_KERNELS", "0") not in ("", "0"):
                 raise SystemExit(
@@ -34,6 +34,15 @@ class BuildKernels(build_ext):
                 f"trilith: kernels were not built, training will use torch's own ops and be slower: {reason}",
                 file=sys.stderr,
             )
+
+    def _objects(self) -> Path:
+        """Where objects lie: in a checkout always in one place, so that nothing is compiled twice."""
+        in_checkout = self.inplace or self.editable_mode
+        return (
+            ROOT / "build" / f"kernels-{sys.implementation.cache_tag}"
+            if in_checkout
+            else Path(self.build_temp) / "kernels"
+        )
 
     def get_outputs(self) -> list[str]:
         """Only what was built can be installed."""

@@ -10,6 +10,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <system_error>
 #include <thread>
 
@@ -28,7 +29,7 @@ constexpr int64_t kBlock = kAlignment;
 // The path of a file that is gone at the end.
 class Temporary {
   public:
-    Temporary() : path_("/tmp/trilith-native-tests-XXXXXX") {
+    Temporary() : path_((std::filesystem::temp_directory_path() / "trilith-native-tests-XXXXXX").string()) {
         const int descriptor = ::mkstemp(path_.data());
         check(descriptor >= 0, "a temporary file");
         ::close(descriptor);
@@ -146,10 +147,10 @@ void faults() {
     check(fault.cause == Cause::moved && fault.moved.error == 0 && fault.start == 0 && fault.moved.num_bytes == kBlock - 7,
           "io: a file that ends");
     try {
-        File::open("/tmp/trilith-absent/file", true, true);
+        File::open(temporary.path() + "-absent/file", true, true);
         fail("io: a file in a directory that does not exist");
     } catch (const std::system_error& error) {
-        check(error.code().value() == ENOENT && std::strstr(error.what(), "trilith-absent"), "io: the path is named");
+        check(error.code().value() == ENOENT && std::strstr(error.what(), "-absent/file"), "io: the path is named");
     }
 }
 

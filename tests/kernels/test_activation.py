@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.kernels.native import native, require_same_bits
 from tests.kernels.test_ops import DTYPES, Op, check_accuracy, draw, evaluate, rows, strided
 from trilith.errors import KernelError
-from trilith.kernels import library, ops, reference
+from trilith.kernels import ops, reference
 from trilith.kernels.ops import activation
-
-native = pytest.mark.skipif(library.CPU is None, reason=library.MISSING)
-SETS = library.LIBRARY.instruction_sets if library.LIBRARY is not None else ()
 
 
 def halves(run: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
@@ -93,10 +91,8 @@ def test_accuracy(op: Op, dtype: torch.dtype, size: float) -> None:
 
 @native
 @BY_NAME
-@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_on_every_instruction_set(op: Op, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation, "CPU", getattr(library.LIBRARY, name))
+def test_on_every_instruction_set(op: Op, dtype: torch.dtype, instruction_set: str) -> None:
     for shapes in op.shapes[1:]:
         check_accuracy(op, draw(op, shapes, dtype, "cpu"))
 
@@ -144,16 +140,8 @@ def test_what_is_not_finite_and_what_is_huge(kind: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_matter(op: Op, dtype: torch.dtype) -> None:
     wide = tuple((37, 40, *shape[2:]) if len(shape) == 3 else shape for shape in op.shapes[2])
-    inputs, found = draw(op, wide, dtype, "cpu"), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(evaluate(op.ours, inputs, 0))
-    finally:
-        torch.set_num_threads(before)
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    inputs = draw(op, wide, dtype, "cpu")
+    require_same_bits(lambda: evaluate(op.ours, inputs, 0))
 
 
 @native

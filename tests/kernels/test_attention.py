@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.native import native, require_same_bits
 from trilith.errors import KernelError
-from trilith.kernels import library, ops, reference
+from trilith.kernels import ops, reference
 from trilith.kernels.mask import CAUSAL, FULL, AttentionMask
 
-pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=library.MISSING)
-SETS = library.LIBRARY.instruction_sets if library.LIBRARY else ()
+pytestmark = native
 KEY = (7, 2**31 + 9)
 B, N, K = 2, 4, 2
 
@@ -35,11 +34,24 @@ def mask(name: str, length: int) -> AttentionMask:
         "alibi": AttentionMask(slopes=slopes),
         "alibi_full": AttentionMask(causal=False, slopes=slopes),
         "shuffled": AttentionMask(query_positions=shuffled, key_positions=shuffled),
+        "keys_shuffled": AttentionMask(key_positions=shuffled),
         "ahead": AttentionMask(query_positions=torch.arange(length) + 4, key_positions=packed),
     }[name]
 
 
-NAMES = ("causal", "full", "window", "wide_window", "both_ways", "prefix", "alibi", "alibi_full", "shuffled", "ahead")
+NAMES = (
+    "causal",
+    "full",
+    "window",
+    "wide_window",
+    "both_ways",
+    "prefix",
+    "alibi",
+    "alibi_full",
+    "shuffled",
+    "keys_shuffled",
+    "ahead",
+)
 
 
 def inputs(length: int, features: int, dtype: torch.dtype) -> list[Tensor]:
@@ -56,13 +68,6 @@ def run(function: Any, given: list[Tensor], **how: Any) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, given, gradient)]
 
 
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set of this processor in turn."""
-    monkeypatch.setattr(import_module("trilith.kernels.ops.attention"), "CPU", getattr(library.LIBRARY, request.param))
-    return request.param
-
-
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("length", [1, 8, 33, 150])
 @pytest.mark.parametrize("name", NAMES)
@@ -71,6 +76,16 @@ def test_masks(name: str, length: int, p: float, instruction_set: str) -> None:
     how: dict[str, Any] = {"mask": mask(name, length), "dropout_p": p}
     how |= {"key": KEY, "sample_ids": torch.tensor([3, 2**33 + 1]), "head_range": (5, 5 + N)}
     ours = run(ops.attention, given, **how)
+    theirs = run(reference.attention, given, kv_index=(0, 0, 1, 1), **how)
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_on_torchs_own_ops(name: str) -> None:
+    """Whatever torch's blocked attention cannot do is left to the reference."""
+    given, how = inputs(33, 12, torch.float64), {"mask": mask(name, 33)}
+    ours = run(ops.attention, given, backend="torch", **how)
     theirs = run(reference.attention, given, kv_index=(0, 0, 1, 1), **how)
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-13)
@@ -94,13 +109,7 @@ def test_low_precision(name: str, dtype: torch.dtype, instruction_set: str) -> N
 def test_threads_change_no_bit(p: float) -> None:
     given = inputs(150, 32, torch.float32)
     how: dict[str, Any] = {"dropout_p": p, "key": KEY, "sample_ids": torch.arange(B)}
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(run(ops.attention, given, **how))
-    torch.set_num_threads(1)
-    for other in found[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    require_same_bits(lambda: run(ops.attention, given, **how))
 
 
 def test_packed_equals_apart() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,24 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.kernels.native import native, require_same_bits
 from trilith.errors import KernelError
-from trilith.kernels import library, ops, reference
+from trilith.kernels import ops, reference
 from trilith.layers.embedding import VocabularyShard
 from trilith.layers.loss import LossSettings, vocab_parallel_cross_entropy
 from trilith.topology import Group
 
-pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=library.MISSING)
-SETS = library.LIBRARY.instruction_sets if library.LIBRARY else ()
+pytestmark = native
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set of this processor in turn."""
-    for name in ("cross_entropy", "linear_cross_entropy"):
-        module = import_module(f"trilith.kernels.ops.{name}")
-        monkeypatch.setattr(module, "CPU", getattr(library.LIBRARY, request.param))
-    return request.param
 
 
 def problem(tokens: int, vocab: int, dtype: torch.dtype, size: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -133,14 +123,12 @@ def test_linear_cross_entropy_backward_twice() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     logits, labels = problem(40, 5003, dtype)
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+
+    def run() -> tuple[Tensor, Tensor]:
         losses, kept = ops.token_losses(logits, labels)
-        found.append((losses, ops.token_loss_gradient(logits, labels, torch.ones_like(losses), kept)))
-    torch.set_num_threads(1)
-    for other in found[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+        return losses, ops.token_loss_gradient(logits, labels, torch.ones_like(losses), kept)
+
+    require_same_bits(run)
 
 
 def test_overwritten_logits_are_noticed() -> None:

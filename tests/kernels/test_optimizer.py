@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.native import SETS, native, use
 from trilith.errors import KernelError
-from trilith.kernels import library
 from trilith.kernels.ops import optimizer
 
-pytestmark = pytest.mark.skipif(library.CPU is None, reason=library.MISSING)
-SETS = library.LIBRARY.instruction_sets if library.LIBRARY is not None else ()
+pytestmark = native
 BETAS, EPS, DECAY, LR = (0.9, 0.999), 1e-8, 0.1, 1e-2
 KINDS = ("adamw", "adam", "lion", "sgd", "nesterov", "plain sgd")
 NUM_STATES = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 1, "nesterov": 1, "plain sgd": 0}
@@ -93,12 +92,6 @@ def torch_update(kind: str, shard: Shard, step: int) -> None:
 
 def bits(shard: Shard) -> list[Tensor]:
     return [tensor.view(BITS[tensor.element_size()]).clone() for tensor in shard.tensors()]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(library, "CPU", getattr(library.LIBRARY, request.param))
-    return str(request.param)
 
 
 @pytest.fixture
@@ -198,7 +191,7 @@ def test_bits_do_not_depend_on_processor_threads_or_cut(
 ) -> None:
     size, found = 70001, []
     for name in SETS:
-        monkeypatch.setattr(library, "CPU", getattr(library.LIBRARY, name))
+        use(name, monkeypatch)
         for count, cuts in ((1, (0, size)), (2, (0, size)), (2, (0, 1, 18, 40003, 40003, size))):
             threads(count)
             whole = make(kind, (size,), torch.float32, state=state, gradient=torch.bfloat16, weight=torch.float16)
@@ -270,7 +263,7 @@ def test_sum_of_squares(dtype: torch.dtype, threads: Callable[[int], None], monk
     exact = math.fsum(x * x for x in flat.double().tolist())
     found = set()
     for name in SETS:
-        monkeypatch.setattr(library, "CPU", getattr(library.LIBRARY, name))
+        use(name, monkeypatch)
         for count in (1, 2):
             threads(count)
             found.add(float(optimizer.sum_of_squares(tensors)))

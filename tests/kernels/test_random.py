@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.native import SETS, native, use
 from tests.kernels.test_ops import DTYPES, KEY, Op, check_accuracy, draw, evaluate
 from trilith.errors import KernelError
-from trilith.kernels import library, ops, reference, stream
+from trilith.kernels import ops, reference, stream
 from trilith.sharding import Box, whole
 
 dropout = importlib.import_module("trilith.kernels.ops.dropout")  # `ops.dropout` is the function
-pytestmark = pytest.mark.skipif(library.CPU is None, reason=library.MISSING)
-SETS = library.LIBRARY.instruction_sets if library.LIBRARY is not None else ()
+pytestmark = native
 
 
 @pytest.fixture
@@ -31,11 +31,9 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_normal_numbers(name: str, dtype: torch.dtype, threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normal_numbers(instruction_set: str, dtype: torch.dtype, threads: None) -> None:
     """Whole tensors and boxes, also with thin rows and with starts that differ mod 4."""
-    monkeypatch.setattr(stream, "CPU", getattr(library.LIBRARY, name))
     shapes = (
         ((70_001,), Box((3,), (70_000,))),
         ((301, 203), Box((1, 2), (301, 201))),
@@ -53,9 +51,7 @@ def test_normal_numbers(name: str, dtype: torch.dtype, threads: None, monkeypatc
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_masks(name: str, threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "CPU", getattr(library.LIBRARY, name))
+def test_masks(instruction_set: str, threads: None) -> None:
     samples, positions = torch.tensor([5, 2**32 + 1, 2**47]), torch.arange(40) * 7
     for count in (1, 2):
         torch.set_num_threads(count)
@@ -117,10 +113,8 @@ BY_NAME = pytest.mark.parametrize("op", CASES, ids=lambda op: op.name)
 
 
 @BY_NAME
-@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dropout_add(op: Op, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dropout, "CPU", getattr(library.LIBRARY, name))
+def test_dropout_add(op: Op, dtype: torch.dtype, instruction_set: str) -> None:
     for shapes in op.shapes:
         check_accuracy(op, draw(op, shapes, dtype, "cpu"))
 
@@ -140,7 +134,7 @@ def test_sets_and_threads_do_not_matter(
     """Dropout is the same bits everywhere; nothing in it is fused."""
     inputs, found = draw(op, ((5, 60, 100), (5, 60, 100), (100,)), dtype, "cpu"), []
     for name in SETS:
-        monkeypatch.setattr(dropout, "CPU", getattr(library.LIBRARY, name))
+        use(name, monkeypatch)
         for count in (1, 2):
             torch.set_num_threads(count)
             found.append(evaluate(op.ours, inputs, 0))

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.native import native, require_same_bits
 from tests.kernels.test_ops import DTYPES, Op, check_accuracy, draw, evaluate, plain_rotary
 from trilith.errors import KernelError
-from trilith.kernels import library, ops, reference
+from trilith.kernels import ops, reference
 
 rotary = importlib.import_module("trilith.kernels.ops.rotary")  # `ops.rotary` is the function
-native = pytest.mark.skipif(library.CPU is None, reason=library.MISSING)
-SETS = library.LIBRARY.instruction_sets if library.LIBRARY is not None else ()
 SIZES = ((2, 7, 3, 6), (1, 5, 2, 64), (3, 4, 1, 26), (2, 3, 5, 128))
 SHARED = Op(
     "rotary",
@@ -55,10 +54,8 @@ def test_accuracy(op: Op, dtype: torch.dtype) -> None:
 
 @native
 @BOTH
-@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_on_every_instruction_set(op: Op, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotary, "CPU", getattr(library.LIBRARY, name))
+def test_on_every_instruction_set(op: Op, dtype: torch.dtype, instruction_set: str) -> None:
     for shapes in op.shapes:
         check_accuracy(op, draw(op, shapes, dtype, "cpu"))
 
@@ -82,16 +79,8 @@ def test_views_are_read_where_they_are() -> None:
 
 @native
 def test_threads_do_not_matter() -> None:
-    inputs, found = draw(SHARED, ((3, 97, 4, 32), (97, 16), (97, 16)), torch.float32, "cpu"), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(evaluate(ops.rotary, inputs, 2))
-    finally:
-        torch.set_num_threads(before)
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    inputs = draw(SHARED, ((3, 97, 4, 32), (97, 16), (97, 16)), torch.float32, "cpu")
+    require_same_bits(lambda: evaluate(ops.rotary, inputs, 2))
 
 
 @native

@@ -35,6 +35,14 @@ def chosen(kernels: Any) -> Backends:
 
 def native_families(backends: Backends) -> frozenset[str]:
     """The families that run natively on CPU tensors, on a machine like this one."""
-    if find_spec("trilith._kernels") is None:
+    if not _is_built():
         return frozenset()
     return frozenset(name for name, value in asdict(backends).items() if value in (AUTO, FUSED))
+
+
+def _is_built() -> bool:
+    """Whether the native library is there. It is not loaded for that: planning needs no torch, and torch comes first."""
+    try:
+        return find_spec("trilith._kernels") is not None
+    except ImportError:  # whoever looks for modules refuses this one
+        return False

@@ -13,6 +13,8 @@ from typing import Any
 import torch  # before the library: see above
 from torch import Tensor, nn
 
+from trilith.errors import KernelError
+
 # Codes of csrc/common/types.h.
 DTYPES = MappingProxyType({torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3})
 
@@ -38,6 +40,17 @@ def serves(first: Tensor, *others: Tensor | None) -> bool:
     if CPU is None or dtype not in DTYPES or first.device.type != "cpu":
         return False
     return all(other is None or (other.dtype == dtype and other.device.type == "cpu") for other in others)
+
+
+def takes(op: str, backend: str, first: Tensor, *others: Tensor | None) -> bool:
+    """Whether `op` runs natively for `backend`; raises KernelError where that is "fused" and it cannot."""
+    if backend in ("torch", "reference"):
+        return False
+    if serves(first, *others):
+        return True
+    if backend == "fused":
+        raise KernelError(f"{op}: backend 'fused': {why_not(first, *others)}")
+    return False
 
 
 def why_not(first: Tensor, *others: Tensor | None) -> str:

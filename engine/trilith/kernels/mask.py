@@ -27,6 +27,12 @@ class AttentionMask:
     query_positions: Tensor | None = None
     key_positions: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `causal` says it all."""
+        parts = (self.window, self.prefix, self.slopes, self.query_positions, self.key_positions)
+        return all(part is None for part in parts)
+
     def check(self, batch: int, num_queries: int, num_keys: int, num_heads: int) -> None:
         """Raises KernelError where a part does not fit the tensors or another part."""
         if self.causal and num_queries != num_keys and (self.query_positions is None or self.key_positions is None):

@@ -58,7 +58,8 @@ import torch
 from torch import Tensor
 
 from trilith.errors import KernelError
-from trilith.kernels.library import CPU, DTYPES, MISSING, is_traced
+from trilith.kernels import library
+from trilith.kernels.library import DTYPES, MISSING, is_traced
 from trilith.sharding import Box, contiguous_strides
 
 Key = tuple[int, int]
@@ -90,7 +91,7 @@ def _is_native(backend: str, *tensors: Tensor) -> bool:
     """Whether the native library makes what belongs to these tensors."""
     if backend not in ("auto", "fused"):
         return False
-    if CPU is not None and not any(x.device.type != "cpu" or is_traced(x) for x in tensors):
+    if library.CPU is not None and not any(x.device.type != "cpu" or is_traced(x) for x in tensors):
         return True
     if backend == "fused":
         devices = sorted({str(x.device) for x in tensors})
@@ -284,7 +285,7 @@ def _fill_native(key: Key, table: Tensor, dims: tuple[int, ...], box: Box, std: 
     leading = torch.tensor([box.shape[:-1], contiguous_strides(dims)[:-1]], dtype=torch.int64)
     first = sum(start * stride for start, stride in zip(box.start, contiguous_strides(dims), strict=True))
     extents, strides = leading
-    CPU.fill_normal(
+    library.CPU.fill_normal(
         DTYPES[table.dtype],
         table.data_ptr(),
         *table.shape,
@@ -369,7 +370,7 @@ def dropout_keep(
     if _is_native(backend, sample_ids, positions):
         sample_ids, positions, stride = check_places(sample_ids, positions)
         keep = torch.empty((len(sample_ids), positions.shape[-1], hi - lo), dtype=torch.bool)
-        CPU.dropout_keep(
+        library.CPU.dropout_keep(
             keep.data_ptr(),
             sample_ids.data_ptr(),
             positions.data_ptr(),
@@ -423,7 +424,7 @@ def _attention_keep_native(
         raise KernelError(f"attention_keep: queries {tuple(queries.shape)}: must be (Q,)")
     shape = (len(sample_ids), head_range[1] - head_range[0], len(queries), keys[1] - keys[0])
     keep = torch.empty(shape, dtype=torch.bool)
-    CPU.attention_keep(
+    library.CPU.attention_keep(
         keep.data_ptr(),
         sample_ids.data_ptr(),
         queries.data_ptr(),

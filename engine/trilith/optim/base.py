@@ -147,7 +147,7 @@ class ElementwiseOptimizer(Optimizer):
 
     def _update_slices(self, slices: Slices, lr: float, grad_scale: float) -> None:
         """Update all slices in place natively; gradients are divided by `grad_scale` on the way, and keep their values."""
-        raise NotImplementedError(f"{type(self).__name__} has no kernel")
+        raise AssertionError(f"{type(self).__name__} has no kernel")
 
     def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> bool:
         """Update the slices of some partitions in place; True where their `weight`s were written."""

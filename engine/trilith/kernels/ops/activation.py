@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from trilith.errors import KernelError
 from trilith.kernels import library, reference
-from trilith.kernels.library import CPU, DTYPES, address
+from trilith.kernels.library import DTYPES, address
 from trilith.kernels.ops.library_form import define, differentiate
 
 _GELU_KINDS = ("gelu", "gelu_tanh")  # their places are codes of csrc/cpu/activation.cpp
@@ -30,7 +30,7 @@ def gelu(x: Tensor, kind: str, backend: str = "auto") -> Tensor:
     code = _gelu_code(kind)
     if backend == "reference":
         return reference.gelu(x, kind)
-    if _is_native("gelu", x, None, backend):
+    if library.takes("gelu", backend, x, None):
         return activation_op(x, None, code) if library.is_traced(x) else _Activation.apply(x, None, code)
     return _torch_gelu(x, code)
 
@@ -40,7 +40,7 @@ def bias_gelu(x: Tensor, bias: Tensor, kind: str, backend: str = "auto") -> Tens
     code = _gelu_code(kind)
     if backend == "reference":
         return reference.bias_gelu(x, bias, kind)
-    if _is_native("bias_gelu", x, bias, backend):
+    if library.takes("bias_gelu", backend, x, bias):
         if bias.shape != x.shape[-1:]:
             raise KernelError(f"bias_gelu: x {tuple(x.shape)} with bias {tuple(bias.shape)}: must be x's last dim")
         return activation_op(x, bias, code) if library.is_traced(x) else _Activation.apply(x, bias, code)
@@ -51,7 +51,7 @@ def swiglu(gate: Tensor, up: Tensor, backend: str = "auto") -> Tensor:
     """gate sigmoid(gate) up; `gate` and `up` of one shape and dtype, which are the result's."""
     if backend == "reference":
         return reference.swiglu(gate, up)
-    if _is_native("swiglu", gate, up, backend):
+    if library.takes("swiglu", backend, gate, up):
         return _gated(gate, up, _SILU)
     return functional.silu(gate) * up
 
@@ -61,7 +61,7 @@ def geglu(gate: Tensor, up: Tensor, kind: str, backend: str = "auto") -> Tensor:
     code = _gelu_code(kind)
     if backend == "reference":
         return reference.geglu(gate, up, kind)
-    if _is_native("geglu", gate, up, backend):
+    if library.takes("geglu", backend, gate, up):
         return _gated(gate, up, code)
     return _torch_gelu(gate, code) * up
 
@@ -69,7 +69,7 @@ def geglu(gate: Tensor, up: Tensor, kind: str, backend: str = "auto") -> Tensor:
 def swiglu_packed(gate_up: Tensor, backend: str = "auto") -> Tensor:
     """`swiglu` of the halves of gate_up (..., 2F), gate first: (..., F). Its gradient is one tensor, too."""
     _check_packed("swiglu_packed", gate_up)
-    if backend != "reference" and _is_native("swiglu_packed", gate_up, None, backend):
+    if library.takes("swiglu_packed", backend, gate_up, None):
         return _gated_packed(gate_up, _SILU)
     gate, up = gate_up.chunk(2, dim=-1)
     return swiglu(gate, up, backend)
@@ -79,7 +79,7 @@ def geglu_packed(gate_up: Tensor, kind: str, backend: str = "auto") -> Tensor:
     """`geglu` of the halves of gate_up (..., 2F), gate first: (..., F). Its gradient is one tensor, too."""
     _check_packed("geglu_packed", gate_up)
     code = _gelu_code(kind)
-    if backend != "reference" and _is_native("geglu_packed", gate_up, None, backend):
+    if library.takes("geglu_packed", backend, gate_up, None):
         return _gated_packed(gate_up, code)
     gate, up = gate_up.chunk(2, dim=-1)
     return geglu(gate, up, kind, backend)
@@ -93,16 +93,6 @@ def _gelu_code(kind: str) -> int:
 
 def _torch_gelu(x: Tensor, code: int) -> Tensor:
     return functional.gelu(x, approximate="tanh" if code else "none")
-
-
-def _is_native(op: str, x: Tensor, other: Tensor | None, backend: str) -> bool:
-    if backend == "torch":
-        return False
-    if library.serves(x, other):
-        return True
-    if backend == "fused":
-        raise KernelError(f"{op}: backend 'fused': {library.why_not(x, other)}")
-    return False
 
 
 def _check_packed(op: str, gate_up: Tensor) -> None:
@@ -128,7 +118,7 @@ def _forward(x: Tensor, bias: Tensor | None, code: int) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     y = torch.empty_like(x)
     rows = x.numel() // width if width else 0
-    CPU.activation_forward(
+    library.CPU.activation_forward(
         DTYPES[x.dtype], code, x.data_ptr(), address(bias), y.data_ptr(), rows, width, torch.get_num_threads()
     )
     return y
@@ -140,7 +130,7 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, code: int) -> tuple[Te
     bias = None if bias is None else bias.contiguous()
     dx = torch.empty_like(x)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
-    CPU.activation_backward(
+    library.CPU.activation_backward(
         DTYPES[x.dtype],
         code,
         dy.data_ptr(),
@@ -205,7 +195,7 @@ def _packed_backward(dy: Tensor, gate_up: Tensor, code: int) -> Tensor:
 def _run_gated(gate: int, up: int, y: Tensor, gate_stride: int, up_stride: int, code: int) -> None:
     width = y.shape[-1] if y.dim() else 1
     rows = y.numel() // width if width else 0
-    CPU.glu_forward(
+    library.CPU.glu_forward(
         DTYPES[y.dtype], code, gate, up, y.data_ptr(), rows, width, gate_stride, up_stride, torch.get_num_threads()
     )
 
@@ -215,7 +205,7 @@ def _run_gated_backward(dy: Tensor, addresses: tuple[int, ...], strides: tuple[i
     dy, width = dy.contiguous(), dy.shape[-1] if dy.dim() else 1
     rows = dy.numel() // width if width else 0
     threads = torch.get_num_threads()
-    CPU.glu_backward(DTYPES[dy.dtype], code, dy.data_ptr(), *addresses, rows, width, *strides, threads)
+    library.CPU.glu_backward(DTYPES[dy.dtype], code, dy.data_ptr(), *addresses, rows, width, *strides, threads)
 
 
 class _Activation(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from trilith.errors import KernelError
 from trilith.kernels import library, reference
-from trilith.kernels.library import CPU, DTYPES, LIBRARY, address
+from trilith.kernels.library import DTYPES, LIBRARY, address
 from trilith.kernels.mask import CAUSAL, AttentionMask
 from trilith.kernels.ops.library_form import define, differentiate
 from trilith.kernels.stream import Key, threshold
@@ -40,18 +40,12 @@ def attention(
     the mask is causal or full and nothing is dropped, else the reference, which takes O(S^2) memory. Raises KernelError
     where heads do not fit, the mask does not, or dropout lacks sample ids.
     """
-    kv_index = _checked(q, k, v, mask, kv_index)
-    if dropout_p > 0.0 and sample_ids is None:
-        raise KernelError(f"attention: dropout_p = {dropout_p!r} needs the sample ids")
     heads = head_range or (0, q.shape[2])
-    if backend not in ("torch", "reference"):
-        if library.serves(q, k, v):
-            how = _How(mask, tuple(kv_index), dropout_p, key, sample_ids if dropout_p > 0.0 else None, heads[0])
-            return _library(q, k, v, how)[0] if library.is_traced(q) else _Attention.apply(q, k, v, how)
-        if backend == "fused":
-            raise KernelError(f"attention: backend 'fused': {library.why_not(q, k, v)}")
-    is_plain = mask.window is None and mask.prefix is None and mask.slopes is None
-    if backend == "reference" or dropout_p > 0.0 or not is_plain or mask.query_positions is not None:
+    how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, heads[0])
+    kv_index = how.kv_index
+    if library.takes("attention", backend, q, k, v):
+        return _library(q, k, v, how)[0] if library.is_traced(q) else _Attention.apply(q, k, v, how)
+    if backend == "reference" or dropout_p > 0.0 or not mask.is_plain:
         return reference.attention(
             q, k, v, kv_index=kv_index, mask=mask, dropout_p=dropout_p, key=key, sample_ids=sample_ids, head_range=heads
         )
@@ -89,12 +83,9 @@ def packed_attention(
             f"attention: qkv {tuple(qkv.shape)} with {num_heads} heads of {head_dim}: must be (B, S, (N + 2 K) D)"
         )
     q, k, v = _split(qkv, num_heads, head_dim)
-    if backend not in ("torch", "reference") and library.serves(qkv) and not library.is_traced(qkv):
-        kv_index = _checked(q, k, v, mask, kv_index)
-        if dropout_p > 0.0 and sample_ids is None:
-            raise KernelError(f"attention: dropout_p = {dropout_p!r} needs the sample ids")
+    if library.takes("attention", backend, qkv) and not library.is_traced(qkv):
         first = head_range[0] if head_range else 0
-        how = _How(mask, tuple(kv_index), dropout_p, key, sample_ids if dropout_p > 0.0 else None, first)
+        how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, first)
         return _PackedAttention.apply(qkv, num_heads, head_dim, how)
     mixed = attention(
         q,
@@ -118,8 +109,18 @@ def _split(qkv: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, 
     return q, k, v
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, kv_index: Sequence[int] | None) -> Sequence[int]:
-    """`kv_index`, or the regular one; raises KernelError where shapes do not fit."""
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    kv_index: Sequence[int] | None,
+    dropout_p: float,
+    key: Key,
+    sample_ids: Tensor | None,
+    first_head: int,
+) -> _How:
+    """What the arguments say, with the regular `kv_index` where it is None; raises KernelError where they do not fit."""
     batch, num_queries, num_heads, features = q.shape
     num_kv_heads = k.shape[2]
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != features:
@@ -131,12 +132,14 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, kv_index: Seq
     if kv_index is None:
         if num_heads % num_kv_heads:
             raise KernelError(f"attention: {num_heads} query and {num_kv_heads} key/value heads need a kv_index")
-        return _grouping(num_heads, num_kv_heads)
+        kv_index = _grouping(num_heads, num_kv_heads)
     if len(kv_index) != num_heads:
         raise KernelError(f"attention: kv_index has {len(kv_index)} entries for {num_heads} query heads")
     if min(kv_index, default=0) < 0 or max(kv_index, default=0) >= num_kv_heads:
         raise KernelError(f"attention: kv_index {tuple(kv_index)}: must name the {num_kv_heads} key/value heads")
-    return tuple(kv_index)
+    if dropout_p > 0.0 and sample_ids is None:
+        raise KernelError(f"attention: dropout_p = {dropout_p!r} needs the sample ids")
+    return _How(mask, tuple(kv_index), dropout_p, key, sample_ids if dropout_p > 0.0 else None, first_head)
 
 
 def _grouping(num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
@@ -212,7 +215,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, how: _How) -> tuple[Tensor, Tensor
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=reference.accumulation_dtype(q.dtype))
     rule = _Rule(how)
-    CPU.attention_forward(
+    library.CPU.attention_forward(
         DTYPES[q.dtype],
         _sizes(q, k, v),
         rule.native,
@@ -234,7 +237,7 @@ def _backward(
     dout, q, k, v = dout.contiguous(), _readable(q), _readable(k), _readable(v)
     dq, dk, dv = into
     rule = _Rule(how)
-    CPU.attention_backward(
+    library.CPU.attention_backward(
         DTYPES[q.dtype],
         _sizes(q, k, v),
         rule.native,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trilith.errors import KernelError
 from trilith.kernels import library, reference
-from trilith.kernels.library import CPU, DTYPES, address
+from trilith.kernels.library import DTYPES, address
 from trilith.kernels.ops.library_form import define
 from trilith.kernels.reference import accumulation_dtype
 
@@ -42,13 +42,7 @@ def _pieces(logits: Tensor) -> Iterator[slice]:
 
 def is_native(logits: Tensor, backend: str) -> bool:
     """Whether the native ops work on `logits`; raises KernelError where `backend` demands it and they cannot."""
-    if backend in ("torch", "reference"):
-        return False
-    if not library.serves(logits):
-        if backend == "fused":
-            raise KernelError(f"cross-entropy: backend 'fused': {library.why_not(logits)}")
-        return False
-    return True
+    return library.takes("cross-entropy", backend, logits)
 
 
 def local_logit_max(logits: Tensor, num_valid: int, backend: str = "auto") -> Tensor:
@@ -181,7 +175,7 @@ def _table(logits: Tensor) -> Tensor:
 def _logit_max(logits: Tensor, num_valid: int) -> Tensor:
     table = _table(logits)
     largest = torch.empty(logits.shape[:-1], dtype=accumulation_dtype(logits.dtype))
-    CPU.logit_max(
+    library.CPU.logit_max(
         DTYPES[logits.dtype],
         address(table),
         table.stride(0),
@@ -202,7 +196,7 @@ def _terms(
     largest, total, target, losses = torch.empty((4, *labels.shape), dtype=wide).unbind()
     if logit_max is not None:
         largest.copy_(_fitting(logit_max, "logit_max", logits, wide))
-    CPU.cross_entropy_terms(
+    library.CPU.cross_entropy_terms(
         DTYPES[logits.dtype],
         address(table),
         table.stride(0),
@@ -239,7 +233,7 @@ def _gradient(
     labels = _fitting(labels, "labels", logits, torch.int64)
     logit_max, sum_exp = _fitting(logit_max, "logit_max", logits, wide), _fitting(sum_exp, "sum_exp", logits, wide)
     scale = _fitting(scale, "scale", logits, scale.dtype).to(wide)
-    CPU.cross_entropy_gradient(
+    library.CPU.cross_entropy_gradient(
         DTYPES[logits.dtype],
         address(table),
         table.stride(0),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trilith.errors import KernelError
 from trilith.kernels import library, reference, stream
-from trilith.kernels.library import CPU, DTYPES, address
+from trilith.kernels.library import DTYPES, address
 from trilith.kernels.ops.library_form import define, differentiate
 from trilith.kernels.stream import Key, dropout_keep, keep_scale
 
@@ -116,7 +116,7 @@ def _forward(
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     y = torch.empty_like(x)
-    CPU.dropout_forward(
+    library.CPU.dropout_forward(
         DTYPES[x.dtype],
         x.data_ptr(),
         address(bias),
@@ -151,7 +151,7 @@ def _bias_backward(
     """Gradients of x and of bias."""
     dy, sample_ids, positions = dy.contiguous(), sample_ids.contiguous(), positions.contiguous()
     dx, dbias = torch.empty_like(dy), dy.new_empty(dy.shape[-1])
-    CPU.dropout_bias_backward(
+    library.CPU.dropout_bias_backward(
         DTYPES[dy.dtype],
         dy.data_ptr(),
         dx.data_ptr(),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trilith.errors import KernelError
 from trilith.kernels import library
-from trilith.kernels.library import CPU, DTYPES, address
+from trilith.kernels.library import DTYPES, address
 from trilith.kernels.ops.cross_entropy import (
     cross_entropy_gradient,
     cross_entropy_terms,
@@ -185,7 +185,7 @@ def _chunk(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> Tensor:
 def _fused(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     """Losses of a chunk; its logits become their gradient."""
     labels, losses = labels.contiguous(), torch.empty_like(scale)
-    CPU.cross_entropy_fused(
+    library.CPU.cross_entropy_fused(
         DTYPES[logits.dtype],
         address(logits),
         logits.shape[1],

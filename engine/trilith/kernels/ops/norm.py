@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from trilith.errors import KernelError
 from trilith.kernels import library, reference
-from trilith.kernels.library import CPU, DTYPES, address
+from trilith.kernels.library import DTYPES, address
 from trilith.kernels.ops.library_form import define, differentiate
 
 
@@ -19,9 +19,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, backe
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     if _is_native(x, None, weight, bias, backend):
-        if library.is_traced(x):
-            return norm_op(x, None, weight, bias, eps, False)[0]
-        return _Norm.apply(x, weight, bias, eps, False)
+        return _native_norm(x, weight, bias, eps, False)
     return functional.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -30,9 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
     if backend == "reference":
         return reference.rms_norm(x, weight, eps)
     if _is_native(x, None, weight, None, backend):
-        if library.is_traced(x):
-            return norm_op(x, None, weight, None, eps, True)[0]
-        return _Norm.apply(x, weight, None, eps, True)
+        return _native_norm(x, weight, None, eps, True)
     return functional.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -40,11 +36,8 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """x + residual (both (..., H)), and its `layer_norm`: the two results in that order."""
-    if backend != "reference" and _is_native(x, residual, weight, bias, backend):
-        if library.is_traced(x):
-            y, total, _, _ = norm_op(x, residual, weight, bias, eps, False)
-            return total, y
-        return _AddNorm.apply(x, residual, weight, bias, eps, False)
+    if _is_native(x, residual, weight, bias, backend):
+        return _native_add_norm(x, residual, weight, bias, eps, False)
     total = x + residual
     return total, layer_norm(total, weight, bias, eps, backend)
 
@@ -53,27 +46,33 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """x + residual (both (..., H)), and its `rms_norm`: the two results in that order."""
-    if backend != "reference" and _is_native(x, residual, weight, None, backend):
-        if library.is_traced(x):
-            y, total, _, _ = norm_op(x, residual, weight, None, eps, True)
-            return total, y
-        return _AddNorm.apply(x, residual, weight, None, eps, True)
+    if _is_native(x, residual, weight, None, backend):
+        return _native_add_norm(x, residual, weight, None, eps, True)
     total = x + residual
     return total, rms_norm(total, weight, eps, backend)
 
 
 def _is_native(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, backend: str) -> bool:
-    if backend == "torch":
+    if not library.takes("norm", backend, x, residual, weight, bias):
         return False
-    if library.serves(x, residual, weight, bias):
-        if x.shape[-1] != weight.shape[0] or (residual is not None and residual.shape != x.shape):
-            raise KernelError(
-                f"norm: x {tuple(x.shape)} with weight {tuple(weight.shape)}: the last dims must be equal"
-            )
-        return True
-    if backend == "fused":
-        raise KernelError(f"norm: backend 'fused': {library.why_not(x, residual, weight, bias)}")
-    return False
+    if x.shape[-1] != weight.shape[0] or (residual is not None and residual.shape != x.shape):
+        raise KernelError(f"norm: x {tuple(x.shape)} with weight {tuple(weight.shape)}: the last dims must be equal")
+    return True
+
+
+def _native_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms: bool) -> Tensor:
+    if library.is_traced(x):
+        return norm_op(x, None, weight, bias, eps, is_rms)[0]
+    return _Norm.apply(x, weight, bias, eps, is_rms)
+
+
+def _native_add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms: bool
+) -> tuple[Tensor, Tensor]:
+    if library.is_traced(x):
+        y, total, _, _ = norm_op(x, residual, weight, bias, eps, is_rms)
+        return total, y
+    return _AddNorm.apply(x, residual, weight, bias, eps, is_rms)
 
 
 # --- what runs ----------------------------------------------------------------------------------------------------------
@@ -88,7 +87,7 @@ def _forward(
     residual = None if residual is None else residual.contiguous()
     y, total, mean, rstd = _forward_like(x, residual, weight, bias, eps, is_rms)
     width = x.shape[-1]
-    CPU.norm_forward(
+    library.CPU.norm_forward(
         DTYPES[x.dtype],
         x.data_ptr(),
         address(residual),
@@ -131,7 +130,7 @@ def _backward(
     dtotal = None if dtotal is None else dtotal.contiguous()
     dx, dweight, dbias = _backward_like(dy, dtotal, x, weight, mean, rstd, has_bias, is_rms)
     width = x.shape[-1]
-    CPU.norm_backward(
+    library.CPU.norm_backward(
         DTYPES[x.dtype],
         dy.data_ptr(),
         address(dtotal),

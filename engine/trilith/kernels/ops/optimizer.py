@@ -77,12 +77,9 @@ def adam(
     backend: str = "auto",
 ) -> None:
     """Adam, or AdamW where the decay `is_decoupled`, in place."""
-    if parameters:
-        run = _chosen(parameters[0], backend, optimizer_reference.adam, adam_op, _adam)
-        lists = [list(tensors) for tensors in (parameters, gradients, exp_avgs, exp_avg_sqs, weights)]
-        run(*lists, multipliers, step, beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients)
-        if run is _adam:
-            _note_changes(lists, zeroes_gradients)
+    lists = (parameters, gradients, exp_avgs, exp_avg_sqs, weights)
+    rest = (multipliers, step, beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients)
+    _step((optimizer_reference.adam, adam_op, _adam), backend, lists, rest)
 
 
 def lion(
@@ -99,12 +96,9 @@ def lion(
     backend: str = "auto",
 ) -> None:
     """Lion, in place: `beta1` is of the direction, `beta2` of the momentum that is kept."""
-    if parameters:
-        run = _chosen(parameters[0], backend, optimizer_reference.lion, lion_op, _lion)
-        lists = [list(tensors) for tensors in (parameters, gradients, exp_avgs, weights)]
-        run(*lists, multipliers, step, beta1, beta2, weight_decay, zeroes_gradients)
-        if run is _lion:
-            _note_changes(lists, zeroes_gradients)
+    lists = (parameters, gradients, exp_avgs, weights)
+    rest = (multipliers, step, beta1, beta2, weight_decay, zeroes_gradients)
+    _step((optimizer_reference.lion, lion_op, _lion), backend, lists, rest)
 
 
 def sgd(
@@ -122,12 +116,9 @@ def sgd(
     backend: str = "auto",
 ) -> None:
     """SGD in torch's form, in place. `momentum_buffers` are empty where `momentum` is 0; they start as first gradients."""
-    if parameters:
-        run = _chosen(parameters[0], backend, optimizer_reference.sgd, sgd_op, _sgd)
-        lists = [list(tensors) for tensors in (parameters, gradients, momentum_buffers, weights)]
-        run(*lists, multipliers, step, momentum, dampening, weight_decay, is_nesterov, zeroes_gradients)
-        if run is _sgd:
-            _note_changes(lists, zeroes_gradients)
+    lists = (parameters, gradients, momentum_buffers, weights)
+    rest = (multipliers, step, momentum, dampening, weight_decay, is_nesterov, zeroes_gradients)
+    _step((optimizer_reference.sgd, sgd_op, _sgd), backend, lists, rest)
 
 
 def sum_of_squares(tensors: Sequence[Tensor], backend: str = "auto") -> Tensor:
@@ -140,6 +131,19 @@ def sum_of_squares(tensors: Sequence[Tensor], backend: str = "auto") -> Tensor:
     run = _chosen(tensors[0], backend, optimizer_reference.sum_of_squares, sum_of_squares_op, _sum_of_squares)
     total: Tensor = run(list(tensors))
     return total
+
+
+def _step(runs: tuple[Any, Any, Any], backend: str, lists: tuple[Sequence[Tensor], ...], rest: tuple[Any, ...]) -> None:
+    """Call the one of `runs` (reference, library form, native) that is due with the lists and the rest of its arguments.
+
+    The first list holds the parameters, the second the gradients; the last of the rest tells whether these become zero.
+    """
+    if not lists[0]:
+        return
+    run = _chosen(lists[0][0], backend, *runs)
+    run(*map(list, lists), *rest)
+    if run is runs[-1]:
+        _note_changes(lists, rest[-1])
 
 
 def _note_changes(lists: Sequence[Sequence[Tensor]], zeroes_gradients: bool) -> None:
@@ -230,6 +234,24 @@ def _dtype_code(tensors: Sequence[Tensor]) -> int:
     return DTYPES[tensors[0].dtype] if tensors else 0
 
 
+def _run_natively(
+    name: str,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]],
+    weights: Sequence[Tensor],
+    multipliers: Tensor,
+    step: Tensor,
+    *constants: Any,
+) -> None:
+    """Call the native op `name`, which has none, one or two lists of states."""
+    _check_numbers(name, len(parameters), multipliers, step)
+    table = _slices(name, parameters, gradients, states, weights)
+    codes = (_dtype_code(x) for x in (parameters, gradients, states[0] if states else (), weights))
+    where = (table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr())
+    getattr(library.CPU, name)(*codes, *where, *constants, torch.get_num_threads())
+
+
 def _adam(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -245,13 +267,9 @@ def _adam(
     is_decoupled: bool,
     zeroes_gradients: bool,
 ) -> None:
-    _check_numbers("adam", len(parameters), multipliers, step)
-    table = _slices("adam", parameters, gradients, (exp_avgs, exp_avg_sqs), weights)
-    library.CPU.adam(
-        *(_dtype_code(parameters), _dtype_code(gradients), _dtype_code(exp_avgs), _dtype_code(weights)),
-        *(table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr()),
-        *(beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients, torch.get_num_threads()),
-    )
+    constants = (beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients)
+    states = (exp_avgs, exp_avg_sqs)
+    _run_natively("adam", parameters, gradients, states, weights, multipliers, step, *constants)
 
 
 def _lion(
@@ -266,13 +284,9 @@ def _lion(
     weight_decay: float,
     zeroes_gradients: bool,
 ) -> None:
-    _check_numbers("lion", len(parameters), multipliers, step)
-    table = _slices("lion", parameters, gradients, (exp_avgs,), weights)
-    library.CPU.lion(
-        *(_dtype_code(parameters), _dtype_code(gradients), _dtype_code(exp_avgs), _dtype_code(weights)),
-        *(table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr()),
-        *(beta1, beta2, weight_decay, zeroes_gradients, torch.get_num_threads()),
-    )
+    constants = (beta1, beta2, weight_decay, zeroes_gradients)
+    states = (exp_avgs,)
+    _run_natively("lion", parameters, gradients, states, weights, multipliers, step, *constants)
 
 
 def _sgd(
@@ -288,13 +302,9 @@ def _sgd(
     is_nesterov: bool,
     zeroes_gradients: bool,
 ) -> None:
-    _check_numbers("sgd", len(parameters), multipliers, step)
-    table = _slices("sgd", parameters, gradients, (momentum_buffers,) if momentum else (), weights)
-    library.CPU.sgd(
-        *(_dtype_code(parameters), _dtype_code(gradients), _dtype_code(momentum_buffers), _dtype_code(weights)),
-        *(table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr()),
-        *(momentum, dampening, weight_decay, is_nesterov, zeroes_gradients, torch.get_num_threads()),
-    )
+    constants = (momentum, dampening, weight_decay, is_nesterov, zeroes_gradients)
+    states = (momentum_buffers,) if momentum else ()
+    _run_natively("sgd", parameters, gradients, states, weights, multipliers, step, *constants)
 
 
 def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trilith.errors import KernelError
 from trilith.kernels import library, reference
-from trilith.kernels.library import CPU, DTYPES
+from trilith.kernels.library import DTYPES
 from trilith.kernels.ops.library_form import define, differentiate
 from trilith.kernels.reference import widened
 
@@ -81,7 +81,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 def _turn_into(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     """The same into y, which may be x."""
     cos, sin = cos.contiguous(), sin.contiguous()
-    CPU.rotary(
+    library.CPU.rotary(
         DTYPES[x.dtype],
         x.data_ptr(),
         y.data_ptr(),
