@@ -36,13 +36,10 @@ class BuildKernels(build_ext):
             )
 
     def _objects(self) -> Path:
-        """Where objects lie: in a checkout always in one place, so that nothing is compiled twice."""
-        in_checkout = self.inplace or self.editable_mode
-        return (
-            ROOT / "build" / f"kernels-{sys.implementation.cache_tag}"
-            if in_checkout
-            else Path(self.build_temp) / "kernels"
-        )
+        """Where objects lie. An editable install takes the checkout's place, too, so that nothing is compiled twice."""
+        if self.editable_mode:
+            return ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}" / "kernels"
+        return Path(self.build_temp) / "kernels"
 
     def get_outputs(self) -> list[str]:
         """Only what was built can be installed."""
