@@ -32,7 +32,7 @@ def build_stages(
 ) -> dict[int, StageModel]:
     """This rank's stages (index -> module), on the meta device, placed as `schedule` has them.
 
-    Where the schedule splits backwards, each has a queue for its weight gradients.
+    Each has a queue for its weight gradients: to be deferred, or to go straight where they are summed.
     """
     return {
         index: build_stage(
@@ -44,7 +44,7 @@ def build_stages(
                 seed=config.training.seed,
                 sequence_parallel=config.parallel.sequence_parallel,
                 dtype=policy.param_dtype,
-                queue=WeightQueue() if schedule.splits_backward else None,
+                queue=WeightQueue(defers=schedule.splits_backward),
                 backends=chosen(config.kernels),
             ),
         )

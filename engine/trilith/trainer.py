@@ -91,6 +91,7 @@ class Trainer:
                 is_first=index == 0,
                 is_last=index == len(plan.stages) - 1,
                 queue=stage.queue,
+                queue_is_direct=True,
             )
             for index, stage in self.stages.items()
         }
@@ -306,7 +307,8 @@ class Trainer:
 
     def _train_mode(self, training: bool) -> None:
         for stage in self.stages.values():
-            stage.train(training)
+            if stage.training != training:  # setting it walks over all modules
+                stage.train(training)
 
     def _breakdown(self, marks_s: tuple[float, ...]) -> dict[str, float]:
         """What `wall_clock_breakdown` and `memory_breakdown` add to a record; times are the host's."""

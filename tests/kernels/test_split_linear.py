@@ -122,3 +122,21 @@ def test_a_tracker_sees_what_the_queue_holds() -> None:
     queue.tracker = lambda tensor: seen.append(tuple(tensor.shape))
     ops.linear(random(2, 5, 3).requires_grad_(), random(4, 3).requires_grad_(), queue=queue).sum().backward()
     assert seen == [(10, 3), (10, 4)]
+
+
+def test_a_queue_that_does_not_defer_hands_products_on() -> None:
+    queue, weight, got = WeightQueue(defers=False), random(4, 3).requires_grad_(), []
+    assert not queue.takes
+    ops.linear(random(2, 3), weight, queue=queue).sum().backward()
+    assert weight.grad is not None, "nobody takes it: autograd does"
+    weight.grad = None
+    queue.receive = lambda parameter, product: got.append((parameter, product.gradient()))
+    x = random(2, 3).requires_grad_()
+    ops.linear(x, weight, queue=queue).square().sum().backward()
+    ((parameter, gradient),) = got
+    assert parameter is weight and weight.grad is None and queue.take() == []
+    torch.testing.assert_close(gradient, (2 * (x @ weight.t()).t() @ x).detach())
+    out = torch.full((4, 3), torch.nan)
+    queue.receive = lambda parameter, product: product.gradient(out=out)
+    ops.linear(x, weight, queue=queue).square().sum().backward()
+    assert torch.equal(out, gradient)

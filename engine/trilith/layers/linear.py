@@ -26,7 +26,14 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S/t or S, in) of the sequence region to (B, S, out). All ranks of the group must call it."""
-        return ops.linear(self.placement.enter(x), self.weight, self.bias, self.placement.queue)
+        return self._product(x, self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """As `forward`, for a caller that adds the bias on its way."""
+        return self._product(x, None)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.linear(self.placement.enter(x), self.weight, bias, self.placement.queue)
 
 
 class RowParallelLinear(nn.Module):

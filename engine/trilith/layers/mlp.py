@@ -21,7 +21,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S/t or S, H) to the same shape. All ranks of the group must call it."""
-        return self.down(ops.gelu(self.up(x), self.activation, self.backend))
+        bias = self.up.bias
+        if bias is None or not ops.takes("bias_gelu", self.backend, x, bias):
+            return self.down(ops.gelu(self.up(x), self.activation, self.backend, owns_gradient=True))
+        inner = self.up.without_bias(x)
+        return self.down(ops.bias_gelu(inner, bias, self.activation, self.backend, owns_gradient=True))
 
 
 class GatedMLP(nn.Module):

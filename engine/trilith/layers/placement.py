@@ -18,7 +18,7 @@ class Placement:
     """The tensor-parallel group of a layer, and the dtype and device of its parameters.
 
     With `sequence_parallel` the activations outside the pairs of linears are split over `group` along S. `queue` is
-    where the stage's linears leave their weight gradients, under schedules that split backward. `backends`: what the
+    where the stage's linears leave their weight gradients, None for autograd. `backends`: what the
     ops run on.
     """
 

@@ -79,7 +79,7 @@ class StageModel(nn.Module):
 
     @property
     def queue(self) -> WeightQueue | None:
-        """Where its linears leave their weight gradients, under a schedule that splits backward."""
+        """Where its linears leave their weight gradients."""
         return self.settings.placement.queue
 
     def home_of(self, name: str) -> str:
@@ -132,7 +132,7 @@ def _family(model: ModelConfig) -> ModuleType:
 class StageOptions:
     """How a stage is built. `recompute` is `none`, `selective` or `full`; `seed` is the run's.
 
-    `queue`: where its linears leave their weight gradients, if backward is split. `backends`: what its ops run on.
+    `queue`: where its linears leave their weight gradients, None for autograd. `backends`: what its ops run on.
     """
 
     recompute: str

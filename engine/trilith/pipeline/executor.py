@@ -333,10 +333,11 @@ class Executor:
             torch.autograd.backward(list(kept.edges.values()), [gradients.pop(name) for name in kept.edges])
 
     def _set_queue(self, action: Action) -> None:
-        """Let the stage's linears defer their weight gradients, or not: whole backwards go without the detour."""
-        queue = self._stages[action.stage].queue
-        if queue is not None:
-            queue.defers = (action.stage, action.microbatch) in self._split
+        """Let the stage's linears defer their weight gradients, hand them on at once, or leave them to autograd."""
+        stage = self._stages[action.stage]
+        if stage.queue is not None:
+            stage.queue.defers = (action.stage, action.microbatch) in self._split
+            stage.queue.receive = stage.parameters.accumulate if stage.queue_is_direct else None
 
     def _compute_weights(self, action: Action, deferred: list[Deferred]) -> None:
         """The second half of a backward, first in first out; each product's tensors are let go when it is done.
@@ -352,14 +353,12 @@ class Executor:
         with torch.no_grad():
             while deferred:
                 item = deferred.pop()
-                gradient, before = item.gradient(), sums.pop(item.weight, None)
-                if before is not None:
-                    gradient = before.add_(gradient)
+                before = sums.pop(item.weight, None)
                 uses[item.weight] -= 1
                 if uses[item.weight]:
-                    sums[item.weight] = gradient
+                    sums[item.weight] = item.gradient() if before is None else before.add_(item.gradient())
                 else:
-                    parameters.accumulate(item.weight, gradient)
+                    parameters.accumulate(item.weight, item if before is None else before.add_(item.gradient()))
         parameters.end_weight_gradients(number, final)
 
     def _is_final(self, action: Action) -> bool:

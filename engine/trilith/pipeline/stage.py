@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trilith.kernels.weight_queue import WeightQueue
+from trilith.kernels.weight_queue import Deferred, WeightQueue
 from trilith.pipeline.action import Schedule
 
 StageFunction = Callable[[dict[str, torch.Tensor], Any], dict[str, torch.Tensor]]
@@ -59,8 +59,8 @@ class StageParameters(Protocol):
     def end_weight_gradients(self, microbatch: int, final: bool) -> None:
         """Called when it is done."""
 
-    def accumulate(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add a gradient that the second half of a backward computed."""
+    def accumulate(self, weight: torch.Tensor, gradient: torch.Tensor | Deferred) -> None:
+        """Add a gradient that did not come through autograd, computed or still a product."""
 
     def reduce(self, microbatch: int) -> None:
         """Launch every reduction of gradients that is not launched yet (REDUCE, after the stage's last backward)."""
@@ -105,8 +105,10 @@ class NullParameters:
     def end_weight_gradients(self, microbatch: int, final: bool) -> None:
         """Nothing to do."""
 
-    def accumulate(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+    def accumulate(self, weight: torch.Tensor, gradient: torch.Tensor | Deferred) -> None:
         """As autograd does."""
+        if isinstance(gradient, Deferred):
+            gradient = gradient.gradient()
         if weight.grad is None:
             weight.grad = gradient
         else:
@@ -130,7 +132,8 @@ class PipelineStage:
     own data of the microbatch to the named tensors of the next stage. The last stage returns `{"loss": scalar}`, the
     microbatch's share of the step's loss; without labels it may return anything else (`{"logits": ...}`).
     `queue` is where the module's linears leave weight gradients for the second half of a split backward; what does not
-    go through it is computed in the first half.
+    go through it is computed in the first half. With `queue_is_direct` they leave those of whole backwards there, too:
+    each weight is used in one linear, once.
     """
 
     index: int
@@ -139,3 +142,4 @@ class PipelineStage:
     is_first: bool
     is_last: bool
     queue: WeightQueue | None = None
+    queue_is_direct: bool = False

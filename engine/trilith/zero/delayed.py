@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from trilith import comm
 from trilith.checkpoint.load import PREVIOUS
 from trilith.failpoints import Failpoints
+from trilith.kernels.weight_queue import Deferred
 from trilith.optim.base import FlatPartition
 from trilith.pipeline.action import Schedule
 from trilith.precision import PrecisionPolicy
@@ -104,8 +105,8 @@ class DelayedStage(StageParameters):
         """It is done."""
         self._versions.bound.reducer.end_weight_gradients(self._stage, final)
 
-    def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add a gradient of the second half of a backward."""
+    def accumulate(self, weight: Tensor, gradient: Tensor | Deferred) -> None:
+        """Add a gradient that did not come through autograd."""
         self._versions.bound.reducer.accumulate(weight, gradient)
 
     def reduce(self, microbatch: int) -> None:
@@ -247,6 +248,14 @@ class DelayedModel(ShardedModel):
         return self.slot_of(microbatch).loss_scale
 
     # ---- updates ------------------------------------------------------------------------------------------------
+
+    def zero_grad(self) -> None:
+        """As `ShardedModel.zero_grad`; a buffer that all versions share is zeroed: one's parameters cannot tell."""
+        if self.stashes and self.units:
+            torch._foreach_zero_([unit.gradient for unit in self.units])
+            self._stale = self._finished = False
+        else:
+            super().zero_grad()
 
     @property
     def loss_scale(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.errors import TrilithError
+from trilith.kernels.weight_queue import Deferred
 from trilith.models.base import LocalParameter
 from trilith.optim.base import FlatPartition
 from trilith.optim.clip import sum_of_squares
@@ -89,7 +90,7 @@ class FlatUnit:
     `parameters`, `weight_views`, `gradient_views` are parallel, in the layout's order. `start`, `stop`: this rank's
     partition. `optimizer_gradient`: where a whole gradient's part is taken to, if the states lie elsewhere.
     `states_swap`, `shard_swap`: master and optimizer states, and the shard, while they live on disk. `moved` counts for
-    the whole rank.
+    the whole rank. `written`: the parameters whose gradients come as products: `forget_gradient` need not zero them.
     """
 
     stage: int
@@ -110,6 +111,7 @@ class FlatUnit:
     states_swap: Swapped | None = None
     shard_swap: Swapped | None = None
     moved: Moved = field(default_factory=Moved)
+    written: set[int] = field(default_factory=set)
 
     @property
     def own_gradient(self) -> Tensor:
@@ -220,6 +222,33 @@ class FlatUnit:
                 else:
                     view.copy_(parameter.grad)
                 parameter.grad = view
+
+    def add_product(self, index: int, product: Deferred) -> None:
+        """Add a product to the gradient of parameter number `index`; after `forget_gradient` the first is written there."""
+        parameter, view = self.parameters[index], self.gradient_views[index]
+        if view.dtype != product.x.dtype or parameter.grad is view:
+            view.add_(product.gradient())
+        else:
+            before, parameter.grad = parameter.grad, view
+            product.gradient(out=view)
+            if before is not None:
+                view.add_(before)
+        if view.dtype == product.x.dtype:
+            self.written.add(index)
+
+    def forget_gradient(self) -> None:
+        """Make the gradient zero; where it is `written` next, let go of it: `collect_gradients` zeroes what was not."""
+        if not self.written:
+            self.gradient.zero_()
+            return
+        rest = []
+        for index, view in enumerate(self.gradient_views):
+            if index in self.written:
+                self.parameters[index].grad = None
+            else:
+                rest.append(view)
+        if rest:
+            torch._foreach_zero_(rest)
 
     def sum_of_squares(self) -> Tensor:
         """Float64 scalar: over the elements of this rank's partition that count here (replica 0)."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trilith import comm
+from trilith.kernels.weight_queue import Deferred
 from trilith.zero.flat import FlatUnit, buffer_view
 from trilith.zero.partition import UnitLayout
 from trilith.zero.placement import Tier
@@ -42,9 +43,12 @@ class Flight:
         """Whether the first half of a backward left something that its second half has not taken."""
         return False
 
-    def add(self, index: int, gradient: Tensor) -> None:
-        """Add the gradient of parameter number `index`."""
-        self.unit.gradient_views[index].add_(gradient)
+    def add(self, index: int, gradient: Tensor | Deferred) -> None:
+        """Add the gradient of parameter number `index`, which may still be a product."""
+        if isinstance(gradient, Deferred):
+            self.unit.add_product(index, gradient)
+        else:
+            self.unit.gradient_views[index].add_(gradient)
 
     def wait_with(self, microbatch: int, index: int, gradient: Tensor) -> None:
         """Keep what the first half of a backward brought until the second half has come."""
@@ -123,14 +127,20 @@ class PassingFlight(Flight):
             self._views = tuple(buffer_view(self._bucket, place) for place in self.unit.layout.placed)
         return self._bucket
 
-    def add(self, index: int, gradient: Tensor) -> None:
+    def add(self, index: int, gradient: Tensor | Deferred) -> None:
         """Put the gradient of parameter number `index` into the bucket."""
         self._open()
-        if index in self._arrived:
-            self._views[index].add_(gradient)
+        view, is_first = self._views[index], index not in self._arrived
+        self._arrived.add(index)
+        if isinstance(gradient, Deferred):
+            if is_first and view.dtype == gradient.x.dtype:
+                gradient.gradient(out=view)
+                return
+            gradient = gradient.gradient()
+        if is_first:
+            view.copy_(gradient)
         else:
-            self._arrived.add(index)
-            self._views[index].copy_(gradient)
+            view.add_(gradient)
 
     def wait_with(self, microbatch: int, index: int, gradient: Tensor) -> None:
         """Keep what the first half of a backward brought: norms and biases, and whatever is not deferred."""

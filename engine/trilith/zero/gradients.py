@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trilith import comm
 from trilith.errors import TrilithError
+from trilith.kernels.weight_queue import Deferred
 from trilith.pipeline.action import NO_MICROBATCH
 from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
@@ -39,8 +40,8 @@ class _StageGradients:
     """The units of one stage; `buckets` in the order of launching; `counting`: arrivals are counted to launch at once.
 
     `halves`: the microbatch whose first half of a backward runs, None otherwise; `seconds`: the one whose second half
-    began last. `queued`: its last backward began, and `left` are the units it brings that are reduced after every
-    microbatch.
+    runs, NO_MICROBATCH otherwise. `queued`: its last backward began, and `left` are the units it brings that are reduced
+    after every microbatch.
     """
 
     flights: tuple[Flight, ...]
@@ -156,8 +157,8 @@ class GradientReducer:
                 flight.missing = counts[id(flight)]
             self._advance()
 
-    def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add a weight's gradient that autograd did not bring; before a unit's first, what waited for it.
+    def accumulate(self, weight: Tensor, gradient: Tensor | Deferred) -> None:
+        """Add a weight's gradient that autograd did not bring; before a unit's first in a second half, what waited for it.
 
         No sooner: whole gradients of all units of the stage would be there at once.
         """
@@ -169,6 +170,7 @@ class GradientReducer:
 
     def end_weight_gradients(self, stage: int, final: bool) -> None:
         """The second half of a backward is done."""
+        self._stages[stage].seconds = NO_MICROBATCH
         if not final:
             self._flush(self._stages[stage])
 

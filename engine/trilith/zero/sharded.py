@@ -224,8 +224,8 @@ class ShardedModel:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        if self.units:
-            torch._foreach_zero_([unit.gradient for unit in self.units])
+        for unit in self.units:
+            unit.forget_gradient()
         self._stale = self._finished = False
 
     def forget_step(self) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from trilith.kernels.weight_queue import Deferred
 from trilith.pipeline.action import Schedule
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class StageParameters:
         if self._model.gatherer is not None:
             self._model.gatherer.end_backward()
 
-    def accumulate(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add a gradient of the second half of a backward."""
+    def accumulate(self, weight: Tensor, gradient: Tensor | Deferred) -> None:
+        """Add a gradient that did not come through autograd."""
         self._model.reducer.accumulate(weight, gradient)
 
     def reduce(self, microbatch: int) -> None:

@@ -5,6 +5,7 @@ a fused kernel, `reference`), its meaning, which `kernels/reference.py` states, 
 an op goes into that op's file here and is held to the same tests.
 """
 
+from trilith.kernels.library import takes
 from trilith.kernels.ops.activation import bias_gelu, geglu, geglu_packed, gelu, swiglu, swiglu_packed
 from trilith.kernels.ops.attention import attention, packed_attention
 from trilith.kernels.ops.cross_entropy import (
@@ -43,6 +44,7 @@ __all__ = [
     "rotary_packed",
     "swiglu",
     "swiglu_packed",
+    "takes",
     "token_loss_gradient",
     "token_losses",
 ]

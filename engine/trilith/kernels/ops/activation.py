@@ -1,7 +1,9 @@
 """Activations of the MLP: GELU, alone or with the bias before it, and the gated units SwiGLU and GeGLU.
 
-Natively only inputs are kept for backward. The gated units also take gate and up as the two halves of one product, and
-write their gradients as the two halves of one tensor: nothing is copied then.
+Natively only inputs are kept for backward. With `owns_gradient` backward may write over the gradient of the result: for
+results that go into one op only, whose backward makes that gradient anew, such as a matrix product. The gated units
+also take gate and up as the two halves of one product, and write their gradients as the two halves of one tensor:
+nothing is copied then.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _GELU_KINDS = ("gelu", "gelu_tanh")  # their places are codes of csrc/cpu/activa
 _SILU = 2
 
 
-def gelu(x: Tensor, kind: str, backend: str = "auto") -> Tensor:
+def gelu(x: Tensor, kind: str, backend: str = "auto", *, owns_gradient: bool = False) -> Tensor:
     """x Phi(x), exact where `kind` is `gelu`, by the tanh formula where it is `gelu_tanh`; same shape and dtype.
 
     Raises KernelError for another kind.
@@ -31,11 +33,11 @@ def gelu(x: Tensor, kind: str, backend: str = "auto") -> Tensor:
     if backend == "reference":
         return reference.gelu(x, kind)
     if library.takes("gelu", backend, x, None):
-        return activation_op(x, None, code) if library.is_traced(x) else _Activation.apply(x, None, code)
+        return activation_op(x, None, code) if library.is_traced(x) else _Activation.apply(x, None, code, owns_gradient)
     return _torch_gelu(x, code)
 
 
-def bias_gelu(x: Tensor, bias: Tensor, kind: str, backend: str = "auto") -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor, kind: str, backend: str = "auto", *, owns_gradient: bool = False) -> Tensor:
     """`gelu` of x + bias: x (..., F), bias (F,)."""
     code = _gelu_code(kind)
     if backend == "reference":
@@ -43,7 +45,7 @@ def bias_gelu(x: Tensor, bias: Tensor, kind: str, backend: str = "auto") -> Tens
     if library.takes("bias_gelu", backend, x, bias):
         if bias.shape != x.shape[-1:]:
             raise KernelError(f"bias_gelu: x {tuple(x.shape)} with bias {tuple(bias.shape)}: must be x's last dim")
-        return activation_op(x, bias, code) if library.is_traced(x) else _Activation.apply(x, bias, code)
+        return activation_op(x, bias, code) if library.is_traced(x) else _Activation.apply(x, bias, code, owns_gradient)
     return _torch_gelu(x + bias, code)
 
 
@@ -124,11 +126,13 @@ def _forward(x: Tensor, bias: Tensor | None, code: int) -> Tensor:
     return y
 
 
-def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, code: int) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, code: int, owns_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Gradients of x and of bias (empty without one)."""
     dy, x, width = dy.contiguous(), x.contiguous(), x.shape[-1] if x.dim() else 1
     bias = None if bias is None else bias.contiguous()
-    dx = torch.empty_like(x)
+    dx = dy if owns_gradient else torch.empty_like(x)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     library.CPU.activation_backward(
         DTYPES[x.dtype],
@@ -212,17 +216,17 @@ class _Activation(torch.autograd.Function):
     """Keeps x and bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, code: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, code: int, owns_gradient: bool) -> Tensor:
         ctx.save_for_backward(x, bias)
-        ctx.code = code
+        ctx.code, ctx.owns_gradient = code, owns_gradient
         return _forward(x, bias, code)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        dx, dbias = _backward(gradients[0], x, bias, ctx.code)
-        return dx, None if bias is None else dbias, None
+        dx, dbias = _backward(gradients[0], x, bias, ctx.code, ctx.owns_gradient)
+        return dx, None if bias is None else dbias, None, None
 
 
 class _Gated(torch.autograd.Function):
