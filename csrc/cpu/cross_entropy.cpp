@@ -9,6 +9,7 @@
 
 #include "common/math.h"
 #include "common/parallel.h"
+#include "common/rows.h"
 #include "cpu/kernels.h"
 
 namespace trilith::TRILITH_ISA {
@@ -93,8 +94,9 @@ void row_terms(const T* x, int64_t n, wide_t<T>& most, wide_t<T>& total) {
     }
 }
 
-template <class T>
-void gradient_row(const Rows<const T>& from, const Rows<T>& to, int64_t token, wide_t<T> most, wide_t<T> total, wide_t<T> scale) {
+template <class T, class Put>
+void gradient_row(const Rows<const T>& from, const Rows<T>& to, int64_t token, wide_t<T> most, wide_t<T> total, wide_t<T> scale,
+                  Put&& put) {
     using A = wide_t<T>;
     const T* x = from.row(token);
     T* g = to.row(token);
@@ -102,7 +104,8 @@ void gradient_row(const Rows<const T>& from, const Rows<T>& to, int64_t token, w
     const int64_t column = from.column(token);
     const A label = column >= 0 ? load_one(x + column) : A(0);
     each_register<A>(from.valid, [&](int64_t i, int64_t count) {
-        store_some(g + i, exp_below(load_some(x + i, count) - most) * factor, count);
+        if (count == kLanes<A>) prefetch(x + from.stride + i);  // the next row, or what lies behind the last
+        put(g + i, exp_below(load_some(x + i, count) - most) * factor, count);
     });
     if (column >= 0) store_one(g + column, exp(fill(label - most))[0] * factor - scale);
     for (int64_t i = from.valid; i < from.width; ++i) store_one(g + i, A(0));
@@ -193,9 +196,13 @@ void cross_entropy_gradient(int dtype, Address logits, int64_t stride, Address l
         using A = wide_t<T>;
         const Rows<const T> from{(const T*)logits, stride, valid, width, (const int64_t*)labels, first_label};
         const Rows<T> to{(T*)gradient, gradient_stride, valid, width, nullptr, first_label};
+        // In place a row is in the cache when it is written.
+        const bool streamed = gradient != logits && is_streamed(to.base, tokens * width, gradient_stride) && streams(to.base, valid);
         for_each_piece(tokens, useful_threads(threads, tokens * width * 8), 1, [&](int64_t begin, int64_t end) {
-            for (int64_t token = begin; token < end; ++token)
-                gradient_row(from, to, token, ((const A*)most)[token], ((const A*)total)[token], ((const A*)scale)[token]);
+            with_store<T>(streamed, [&](auto put) {
+                for (int64_t token = begin; token < end; ++token)
+                    gradient_row(from, to, token, ((const A*)most)[token], ((const A*)total)[token], ((const A*)scale)[token], put);
+            });
         });
     });
 }

@@ -65,6 +65,7 @@ void test_rotary(const CpuKernels& kernels, DType dtype);
 void test_dropout(const CpuKernels& kernels, DType dtype);
 void test_random(const CpuKernels& kernels, DType dtype);
 void test_cross_entropy(const CpuKernels& kernels, DType dtype);
+void test_optimizer(const CpuKernels& kernels, DType dtype);
 void test_io();
 void test_data();
 

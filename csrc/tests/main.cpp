@@ -13,7 +13,7 @@ int main() {
     const std::pair<const char*, Test> of_ops[] = {
         {"norm", test_norm},       {"attention", test_attention}, {"activation", test_activation},
         {"rotary", test_rotary},   {"dropout", test_dropout},     {"random", test_random},
-        {"cross-entropy", test_cross_entropy},
+        {"cross-entropy", test_cross_entropy}, {"optimizer", test_optimizer},
     };
     auto report = [](const std::string& name, int failures_before) {
         std::printf("%-28s %s\n", name.c_str(), num_failures() == failures_before ? "ok" : "FAILED");
