@@ -1,7 +1,8 @@
 """Packages Trilith from its two source roots, engine/ (trilith) and launcher/ (trilith_launcher), and builds csrc/.
 
-The kernels need a C++17 compiler, ninja and pybind11, never torch. Where one of them is missing, or the build fails, the
-package installs without `trilith._kernels` and says so in one line; TRILITH_REQUIRE_KERNELS=1 makes that an error.
+The kernels need a C++17 compiler, ninja and pybind11, never torch, those for CUDA also nvcc. Where one of them is missing,
+or a build fails, the package installs without `trilith._kernels` or `trilith._kernels_cuda` and says so in one line;
+TRILITH_REQUIRE_KERNELS=1 makes that an error. CUDA kernels are built where there is an NVIDIA driver, or TRILITH_CUDA=1.
 """
 
 import os
@@ -13,33 +14,37 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # pip runs this file from elsewhere
-from csrc.build import KernelsUnavailable, build_library  # noqa: E402
+from csrc.build import KernelsUnavailable, build_cuda_library, build_library, wants_cuda  # noqa: E402
 
 PACKAGES = find_packages("engine") + find_packages("launcher")
+CPU, CUDA = "trilith._kernels", "trilith._kernels_cuda"
+LIBRARIES = [CPU, CUDA] if wants_cuda() else [CPU]
 
 
 class BuildKernels(build_ext):
-    """Builds `trilith._kernels` with ninja, in parallel; without it the package still installs."""
+    """Builds the libraries with ninja, in parallel; without them the package still installs."""
 
     def build_extension(self, ext: Extension) -> None:
         """Build, or say in one line what is missing."""
+        is_cuda = ext.name == CUDA
+        build, kernels = (build_cuda_library, "CUDA kernels") if is_cuda else (build_library, "kernels")
         try:
-            build_library(Path(self.get_ext_fullpath(ext.name)), self._objects(), bool(self.verbose))
+            build(Path(self.get_ext_fullpath(ext.name)), self._objects() / ext.name, bool(self.verbose))
         except KernelsUnavailable as reason:
             if os.environ.get("TRILITH_REQUIRE_KERNELS", "0") not in ("", "0"):
                 raise SystemExit(
-                    f"trilith: TRILITH_REQUIRE_KERNELS is set, but the kernels were not built: {reason}"
+                    f"trilith: TRILITH_REQUIRE_KERNELS is set, but the {kernels} were not built: {reason}"
                 ) from None
             print(
-                f"trilith: kernels were not built, training will use torch's own ops and be slower: {reason}",
+                f"trilith: {kernels} were not built, training will use torch's own ops and be slower: {reason}",
                 file=sys.stderr,
             )
 
     def _objects(self) -> Path:
         """Where objects lie. An editable install takes the checkout's place, too, so that nothing is compiled twice."""
         if self.editable_mode:
-            return ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}" / "kernels"
-        return Path(self.build_temp) / "kernels"
+            return ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        return Path(self.build_temp)
 
     def get_outputs(self) -> list[str]:
         """Only what was built can be installed."""
@@ -58,8 +63,8 @@ setup(
     python_requires=">=3.11",
     package_dir={"trilith": "engine/trilith", "trilith_launcher": "launcher/trilith_launcher"},
     packages=PACKAGES,
-    package_data={"trilith": ["py.typed", "_kernels.pyi"], "trilith_launcher": ["py.typed"]},
-    ext_modules=[Extension("trilith._kernels", sources=[])],
+    package_data={"trilith": ["py.typed", "_kernels.pyi", "_kernels_cuda.pyi"], "trilith_launcher": ["py.typed"]},
+    ext_modules=[Extension(name, sources=[]) for name in LIBRARIES],
     cmdclass={"build_ext": BuildKernels},
     install_requires=[
         "torch>=2.11",

@@ -1,4 +1,4 @@
-"""How csrc/ is compiled: the flags, once, for the library that `setup.py` builds and for the program that tests it.
+"""How csrc/ is compiled: the flags, once, for the libraries that `setup.py` builds and for the program that tests them.
 
 `python csrc/build.py test [FOLDER]` builds the tests of csrc/tests, under AddressSanitizer and UndefinedBehaviorSanitizer,
 in FOLDER (build/native_tests) and runs them. Needs a C++17 compiler and ninja, for the library pybind11, too; never torch.
@@ -32,6 +32,11 @@ CXX_FLAGS = (
 UNFUSED = ("random", "dropout", "norm", "optimizer")
 NOT_PER_SET = ("tables",)
 OPTIMIZED = "-O3"
+# Code for Ampere and Hopper, and an intermediate form of it that drivers translate for younger devices.
+CUDA_ARCHS = "80 90a 90+ptx"
+CUDA_FLAGS = "-std=c++17 -O3 --expt-relaxed-constexpr -cudart static"
+# As UNFUSED, on the device: its bits are those of the processor's.
+CUDA_UNFUSED = ("optimizer",)
 # Every step that the sanitizers object to ends the program. Frames stay, so that what they say names functions.
 # Unoptimised, GCC warns of its intrinsics more than it does already.
 SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-uninitialized"
@@ -51,17 +56,69 @@ def find_compiler() -> str:
 
 def build_library(target: Path, folder: Path, verbose: bool = False) -> None:
     """Make `target`, the extension `trilith._kernels`, with its objects in `folder`."""
-    compiler = find_compiler()
-    try:
-        import ninja  # noqa: F401
-        import pybind11
-    except ImportError as missing:
-        raise KernelsUnavailable(f"the Python package {missing.name} is missing: pip install {missing.name}") from None
-    headers = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"
+    compiler, headers = find_compiler(), _python_headers()
     sources = [source for source in all_sources() if source.parent.name not in ("tests", "cuda")]
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     _run_ninja(_rules(compiler, sources, target, f"{OPTIMIZED} {headers}", "-shared"), folder, compiler, verbose)
+
+
+def find_nvcc() -> str:
+    """The CUDA compiler's command: that of CUDA_HOME, else the first on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    compiler = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    if not compiler or not shutil.which(compiler):
+        raise KernelsUnavailable(f"no nvcc {'in CUDA_HOME ' + home if home else 'on PATH'}")
+    return compiler
+
+
+def wants_cuda() -> bool:
+    """Whether the CUDA kernels are to be built: TRILITH_CUDA says so (0 or 1), else where there is an NVIDIA driver."""
+    said = os.environ.get("TRILITH_CUDA", "")
+    return said != "0" if said else Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
+
+
+def build_cuda_library(target: Path, folder: Path, verbose: bool = False) -> None:
+    """Make `target`, the extension `trilith._kernels_cuda`, with its objects in `folder`, for TRILITH_CUDA_ARCHS."""
+    compiler, nvcc = find_compiler(), find_nvcc()
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines, objects = cuda_rules(nvcc, os.environ.get("TRILITH_CUDA_ARCHS") or CUDA_ARCHS, "")
+    lines += [
+        f"cxx = {compiler}",
+        "rule compile",
+        f"  command = $cxx -std=c++17 -O2 -fPIC -fvisibility=hidden {_python_headers()} -I {CSRC} -c $in -o $out",
+        f"build bind.o: compile {CSRC / 'cuda' / 'bind.cpp'}",
+        "rule link",
+        "  command = $nvcc -shared -cudart static $in -o $out",
+        f"build {target}: link bind.o {' '.join(objects)}",
+        f"default {target}",
+    ]
+    _run_ninja("\n".join(lines) + "\n", folder, nvcc, verbose)
+
+
+def cuda_rules(nvcc: str, archs: str, more: str) -> tuple[list[str], list[str]]:
+    """The lines of a build file that compile csrc/cuda for `archs` ("80 90a 90+ptx"), and the objects that they make."""
+    codes = []
+    for arch in archs.split():
+        number, _, ptx = arch.partition("+")
+        code = f"compute_{number}" if ptx else f"sm_{number}"
+        codes.append(f"-gencode=arch=compute_{number},code={code}")
+    lines = [
+        f"nvcc = {nvcc}",
+        f"cuda_flags = {CUDA_FLAGS} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} -I {CSRC}",
+        "rule cuda",
+        f"  command = $nvcc $cuda_flags $more {more} -MMD -MF $out.d -c $in -o $out",
+        "  description = $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    objects = []
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        objects.append(f"cuda_{source.stem}.o")
+        unfused = "--fmad=false" if source.stem in CUDA_UNFUSED else ""
+        lines += [f"build {objects[-1]}: cuda {source}", f"  more = {unfused}"]
+    return lines, objects
 
 
 def build_tests(folder: Path, verbose: bool = False) -> Path:
@@ -73,8 +130,17 @@ def build_tests(folder: Path, verbose: bool = False) -> Path:
     return target
 
 
+def _python_headers() -> str:
+    try:
+        import ninja  # noqa: F401
+        import pybind11
+    except ImportError as missing:
+        raise KernelsUnavailable(f"the Python package {missing.name} is missing: pip install {missing.name}") from None
+    return f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"
+
+
 def all_sources() -> list[Path]:
-    """Every source file."""
+    """Every source file in C++."""
     return sorted(CSRC.glob("**/*.cpp"))
 
 

@@ -64,14 +64,18 @@ def describe(report: dict[str, Any]) -> str:
 def _kernels() -> dict[str, Any]:
     """The native library, and by family of ops and device what runs under `auto`, with why nothing faster does."""
     found = library.LIBRARY
-    no_cuda = "the library has no CUDA kernels" if found else library.MISSING
+    refusal = library.cuda_refusal(0) if torch.cuda.is_available() else library.CUDA_MISSING or "there is no device"
     cpu = {"runs": "fused", "why": ""} if found else {"runs": "torch", "why": library.MISSING}
+    cuda = {"runs": "torch", "why": refusal} if refusal else {"runs": "fused", "why": ""}
+    no_attention = {"runs": "torch", "why": refusal or "there is no CUDA kernel for it"}
     return {
         "built": found is not None,
         "instruction_sets": list(found.instruction_sets) if found else [],
         "openmp": bool(found and found.has_openmp),
         "openmp_runtimes": _openmp_runtimes(),
-        "ops": {f.name: {"cpu": cpu, "cuda": {"runs": "torch", "why": no_cuda}} for f in fields(Backends)},
+        "ops": {
+            f.name: {"cpu": cpu, "cuda": no_attention if f.name == "attention" else cuda} for f in fields(Backends)
+        },
     }
 
 

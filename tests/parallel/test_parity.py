@@ -118,13 +118,17 @@ def wrong_block_output(trainer: Trainer) -> None:
 def wrong_gradient(trainer: Trainer) -> None:
     """In the second step, one rank's gradient of one weight is scaled before it is reduced."""
     if place(trainer) == (0, 0, 1):
-        steps = {"backwards": 0}
+        steps, queue = {"backwards": 0}, trainer.stages[0].queue
+        target = dict(trainer.stages[0].named_parameters())["layers.0.mlp.up.weight"]
+        assert queue is not None
+        put = queue.put
 
-        def scaled(gradient: Tensor) -> Tensor:
-            steps["backwards"] += 1
-            return gradient * (1.001 if steps["backwards"] > trainer.config.gradient_accumulation_steps else 1.0)
+        def scaled(weight: Tensor, x: Tensor, y_gradient: Tensor) -> None:
+            steps["backwards"] += weight is target
+            is_wrong = weight is target and steps["backwards"] > trainer.config.gradient_accumulation_steps
+            put(weight, x, y_gradient * (1.001 if is_wrong else 1.0))
 
-        dict(trainer.stages[0].named_parameters())["layers.0.mlp.up.weight"].register_hook(scaled)
+        queue.put = scaled  # type: ignore[method-assign]
 
 
 def wrong_update(trainer: Trainer) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def test_native_threads(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+@pytest.fixture
+def heard_interrupt() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also in a process that was started in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupt")
 def test_ctrl_c_is_heard_while_a_transfer_is_waited_for(tmp_path: Path) -> None:
     tensor = numbers(BLOCK)
     with stored(tmp_path, f"offload_write:{RANK}:1:sleep=3") as store:

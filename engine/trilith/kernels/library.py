@@ -1,12 +1,14 @@
-"""The native library of csrc/ (`trilith._kernels`), loaded once, and which inputs its ops take.
+"""The native libraries of csrc/ (`trilith._kernels`, and `trilith._kernels_cuda` for CUDA), loaded once, and which inputs
+their ops take.
 
-It is loaded after torch, whose OpenMP runtime has a plain name: both then share one team of threads, and one setting of
-their number. Where it was not built, everything runs on torch's own ops.
+They are loaded after torch, whose OpenMP runtime has a plain name: both then share one team of threads, and one setting of
+their number. Where they were not built, everything runs on torch's own ops.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -19,47 +21,85 @@ from trilith.errors import KernelError
 DTYPES = MappingProxyType({torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3})
 
 
-def _load() -> tuple[ModuleType | None, str]:
+def _load(name: str, needs: str) -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("trilith._kernels"), ""
+        return importlib.import_module(name), ""
     except ImportError as problem:
-        return (
-            None,
-            f"trilith._kernels cannot be imported ({problem}): install with a C++17 compiler, ninja and pybind11",
-        )
+        return None, f"{name} cannot be imported ({problem}): install with {needs}"
 
 
-LIBRARY, MISSING = _load()
+LIBRARY, MISSING = _load("trilith._kernels", "a C++17 compiler, ninja and pybind11")
 # The ops for this processor's best instruction set, or None; Any, because each is a function of many numbers.
 CPU: Any = None if LIBRARY is None else getattr(LIBRARY, LIBRARY.instruction_sets[0])
+# The ops for CUDA devices, or None; without CUDA in torch no tensor is there for them.
+CUDA: Any
+CUDA, CUDA_MISSING = (
+    _load("trilith._kernels_cuda", "nvcc") if torch.version.cuda else (None, "this torch was built without CUDA")
+)
 
 
-def serves(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether the native ops take these tensors: on the CPU, of one floating-point dtype."""
-    dtype = first.dtype
-    if CPU is None or dtype not in DTYPES or first.device.type != "cpu":
+@cache
+def cuda_refusal(device: int) -> str:
+    """Why the CUDA kernels do not run on the device of this number; empty if they do."""
+    return CUDA_MISSING if CUDA is None else str(CUDA.why_not(device))
+
+
+def serves(first: Tensor, *others: Tensor | None, on_cuda: bool = True) -> bool:
+    """Whether the native ops take these tensors: of one floating-point dtype, on the CPU, or, `on_cuda` and not fp64, on
+    one CUDA device."""
+    dtype, device = first.dtype, first.device
+    if dtype not in DTYPES:
         return False
-    return all(other is None or (other.dtype == dtype and other.device.type == "cpu") for other in others)
+    if device.type == "cpu":
+        if CPU is None:
+            return False
+    elif not on_cuda or device.type != "cuda" or dtype == torch.float64 or cuda_refusal(device.index):
+        return False
+    return all(other is None or (other.dtype == dtype and other.device == device) for other in others)
 
 
-def takes(op: str, backend: str, first: Tensor, *others: Tensor | None) -> bool:
-    """Whether `op` runs natively for `backend`; raises KernelError where that is "fused" and it cannot."""
+def takes(op: str, backend: str, first: Tensor, *others: Tensor | None, on_cuda: bool = True) -> bool:
+    """Whether `op` runs natively for `backend`; raises KernelError where that is "fused" and it cannot.
+
+    `on_cuda`: whether there is a CUDA kernel for it.
+    """
     if backend in ("torch", "reference"):
         return False
-    if serves(first, *others):
+    if serves(first, *others, on_cuda=on_cuda):
         return True
     if backend == "fused":
-        raise KernelError(f"{op}: backend 'fused': {why_not(first, *others)}")
+        raise KernelError(f"{op}: backend 'fused': {why_not(first, *others, on_cuda=on_cuda)}")
     return False
 
 
-def why_not(first: Tensor, *others: Tensor | None) -> str:
+def why_not(first: Tensor, *others: Tensor | None, on_cuda: bool = True) -> str:
     """Why `serves` is False."""
-    if CPU is None:
+    device = first.device
+    if device.type == "cpu" and CPU is None:
         return MISSING
+    if device.type == "cuda" and on_cuda and cuda_refusal(device.index):
+        return cuda_refusal(device.index)
     tensors = [first, *(other for other in others if other is not None)]
     described = ", ".join(f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors)
-    return f"the native op takes CPU tensors of one floating-point dtype, not {described}"
+    cuda = " or, but for fp64, CUDA" if on_cuda else ""
+    return f"the native op takes CPU{cuda} tensors of one floating-point dtype and device, not {described}"
+
+
+def run(op: str, first: Tensor, *arguments: Any, scratch: tuple[int, ...] | None = None) -> None:
+    """Call the native `op` for the device of `first`, where it has all its tensors.
+
+    On CUDA it runs on the current stream, with the memory for partial results that it wants for the sizes `scratch`.
+    """
+    device = first.device
+    if device.type == "cpu":
+        getattr(CPU, op)(*arguments, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        if scratch is not None:
+            num_bytes = getattr(CUDA, f"{op}_workspace")(*scratch)
+            # Freed before the kernel has run, and given only to what runs on the same stream behind it.
+            arguments += (torch.empty(num_bytes, dtype=torch.uint8, device=device).data_ptr(),)
+        getattr(CUDA, op)(*arguments, torch.cuda.current_stream(device).cuda_stream)
 
 
 def is_traced(x: Tensor) -> bool:

@@ -87,11 +87,15 @@ _CPU_PIECE = 1 << 15
 _GPU_PIECE = 1 << 21
 
 
-def _is_native(backend: str, *tensors: Tensor) -> bool:
-    """Whether the native library makes what belongs to these tensors."""
+def _is_native(backend: str, *tensors: Tensor, on_cuda: bool = False) -> bool:
+    """Whether the native library makes what belongs to these tensors; `on_cuda`: whether it can there."""
     if backend not in ("auto", "fused"):
         return False
-    if library.CPU is not None and not any(x.device.type != "cpu" or is_traced(x) for x in tensors):
+    device = tensors[0].device
+    has_kernels = library.CPU is not None if device.type == "cpu" else on_cuda and device.type == "cuda"
+    if device.type == "cuda" and has_kernels:
+        has_kernels = not library.cuda_refusal(device.index)
+    if has_kernels and not any(x.device != device or is_traced(x) for x in tensors):
         return True
     if backend == "fused":
         devices = sorted({str(x.device) for x in tensors})
@@ -285,7 +289,9 @@ def _fill_native(key: Key, table: Tensor, dims: tuple[int, ...], box: Box, std: 
     leading = torch.tensor([box.shape[:-1], contiguous_strides(dims)[:-1]], dtype=torch.int64)
     first = sum(start * stride for start, stride in zip(box.start, contiguous_strides(dims), strict=True))
     extents, strides = leading
-    library.CPU.fill_normal(
+    library.run(
+        "fill_normal",
+        table,
         DTYPES[table.dtype],
         table.data_ptr(),
         *table.shape,
@@ -295,7 +301,6 @@ def _fill_native(key: Key, table: Tensor, dims: tuple[int, ...], box: Box, std: 
         len(dims) - 1,
         *key,
         std,
-        torch.get_num_threads(),
     )
 
 
@@ -367,20 +372,12 @@ def dropout_keep(
     global: any sub-range gives the slice of the whole. Raises KernelError where not 0 <= p < 1.
     """
     lo, hi = feature_range
-    if _is_native(backend, sample_ids, positions):
+    if _is_native(backend, sample_ids, positions, on_cuda=True):
         sample_ids, positions, stride = check_places(sample_ids, positions)
-        keep = torch.empty((len(sample_ids), positions.shape[-1], hi - lo), dtype=torch.bool)
-        library.CPU.dropout_keep(
-            keep.data_ptr(),
-            sample_ids.data_ptr(),
-            positions.data_ptr(),
-            stride,
-            *keep.shape,
-            lo,
-            *key,
-            threshold(p),
-            torch.get_num_threads(),
-        )
+        shape = (len(sample_ids), positions.shape[-1], hi - lo)
+        keep = torch.empty(shape, dtype=torch.bool, device=sample_ids.device)
+        addresses = keep.data_ptr(), sample_ids.data_ptr(), positions.data_ptr()
+        library.run("dropout_keep", keep, *addresses, stride, *shape, lo, *key, threshold(p))
         return keep
     blocks, where = _block_range(lo, hi, sample_ids.device)
     middle = positions if positions.dim() == 2 else positions[None]
@@ -424,7 +421,9 @@ def _attention_keep_native(
         raise KernelError(f"attention_keep: queries {tuple(queries.shape)}: must be (Q,)")
     shape = (len(sample_ids), head_range[1] - head_range[0], len(queries), keys[1] - keys[0])
     keep = torch.empty(shape, dtype=torch.bool)
-    library.CPU.attention_keep(
+    library.run(
+        "attention_keep",
+        keep,
         keep.data_ptr(),
         sample_ids.data_ptr(),
         queries.data_ptr(),
@@ -433,6 +432,5 @@ def _attention_keep_native(
         keys[0],
         *key,
         threshold(p),
-        torch.get_num_threads(),
     )
     return keep

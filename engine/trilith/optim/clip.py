@@ -18,12 +18,12 @@ _CHUNK = 1 << 20
 def sum_of_squares(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     """Sum of the squares of the elements of a 1-D `tensor` in half-open `ranges`: a float64 scalar on its device.
 
-    On the CPU one native pass that accumulates in float64. Else the norms of rows of 1024 elements are taken in the
-    tensor's dtype (fp32 for 16-bit ones) in one pass, and their squares summed in float64: as fast as torch's own norm,
-    whose error grows with the length (3.6e-4 at 10 M elements), and exact to about 1e-9 (1e-6 where all roundings fall
-    one way). Infinities and NaN come through. The result does not depend on the number of threads.
+    One native pass that accumulates in float64 where it takes the tensor. Else the norms of rows of 1024 elements are
+    taken in the tensor's dtype (fp32 for 16-bit ones) in one pass, and their squares summed in float64: as fast as
+    torch's own norm, whose error grows with the length (3.6e-4 at 10 M elements), and exact to about 1e-9 (1e-6 where all
+    roundings fall one way). Infinities and NaN come through. The result does not depend on the number of threads.
     """
-    if library.serves(tensor) and tensor.is_contiguous():
+    if ranges and library.serves(tensor) and tensor.is_contiguous():
         return optimizer.sum_of_squares([tensor[start:stop] for start, stop in ranges])
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for start, stop in ranges:

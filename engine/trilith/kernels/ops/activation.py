@@ -120,9 +120,7 @@ def _forward(x: Tensor, bias: Tensor | None, code: int) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     y = torch.empty_like(x)
     rows = x.numel() // width if width else 0
-    library.CPU.activation_forward(
-        DTYPES[x.dtype], code, x.data_ptr(), address(bias), y.data_ptr(), rows, width, torch.get_num_threads()
-    )
+    library.run("activation_forward", x, DTYPES[x.dtype], code, x.data_ptr(), address(bias), y.data_ptr(), rows, width)
     return y
 
 
@@ -134,7 +132,9 @@ def _backward(
     bias = None if bias is None else bias.contiguous()
     dx = dy if owns_gradient else torch.empty_like(x)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
-    library.CPU.activation_backward(
+    library.run(
+        "activation_backward",
+        x,
         DTYPES[x.dtype],
         code,
         dy.data_ptr(),
@@ -144,7 +144,7 @@ def _backward(
         dbias.data_ptr(),
         x.numel() // width if width else 0,
         width,
-        torch.get_num_threads(),
+        scratch=(x.numel() // width if width else 0, width),
     )
     return dx, dbias
 
@@ -199,17 +199,14 @@ def _packed_backward(dy: Tensor, gate_up: Tensor, code: int) -> Tensor:
 def _run_gated(gate: int, up: int, y: Tensor, gate_stride: int, up_stride: int, code: int) -> None:
     width = y.shape[-1] if y.dim() else 1
     rows = y.numel() // width if width else 0
-    library.CPU.glu_forward(
-        DTYPES[y.dtype], code, gate, up, y.data_ptr(), rows, width, gate_stride, up_stride, torch.get_num_threads()
-    )
+    library.run("glu_forward", y, DTYPES[y.dtype], code, gate, up, y.data_ptr(), rows, width, gate_stride, up_stride)
 
 
 def _run_gated_backward(dy: Tensor, addresses: tuple[int, ...], strides: tuple[int, int, int], code: int) -> None:
     """`addresses` and `strides` of gate, up and their gradients, which have one stride."""
     dy, width = dy.contiguous(), dy.shape[-1] if dy.dim() else 1
     rows = dy.numel() // width if width else 0
-    threads = torch.get_num_threads()
-    library.CPU.glu_backward(DTYPES[dy.dtype], code, dy.data_ptr(), *addresses, rows, width, *strides, threads)
+    library.run("glu_backward", dy, DTYPES[dy.dtype], code, dy.data_ptr(), *addresses, rows, width, *strides)
 
 
 class _Activation(torch.autograd.Function):

@@ -43,7 +43,7 @@ def attention(
     heads = head_range or (0, q.shape[2])
     how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, heads[0])
     kv_index = how.kv_index
-    if library.takes("attention", backend, q, k, v):
+    if library.takes("attention", backend, q, k, v, on_cuda=False):
         return _library(q, k, v, how)[0] if library.is_traced(q) else _Attention.apply(q, k, v, how)
     if backend == "reference" or dropout_p > 0.0 or not mask.is_plain:
         return reference.attention(
@@ -83,7 +83,7 @@ def packed_attention(
             f"attention: qkv {tuple(qkv.shape)} with {num_heads} heads of {head_dim}: must be (B, S, (N + 2 K) D)"
         )
     q, k, v = _split(qkv, num_heads, head_dim)
-    if library.takes("attention", backend, qkv) and not library.is_traced(qkv):
+    if library.takes("attention", backend, qkv, on_cuda=False) and not library.is_traced(qkv):
         first = head_range[0] if head_range else 0
         how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, first)
         return _PackedAttention.apply(qkv, num_heads, head_dim, how)
@@ -215,7 +215,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, how: _How) -> tuple[Tensor, Tensor
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=reference.accumulation_dtype(q.dtype))
     rule = _Rule(how)
-    library.CPU.attention_forward(
+    library.run(
+        "attention_forward",
+        q,
         DTYPES[q.dtype],
         _sizes(q, k, v),
         rule.native,
@@ -225,7 +227,6 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, how: _How) -> tuple[Tensor, Tensor
         rule.heads,
         out.data_ptr(),
         lse.data_ptr(),
-        torch.get_num_threads(),
     )
     return out, lse
 
@@ -237,7 +238,9 @@ def _backward(
     dout, q, k, v = dout.contiguous(), _readable(q), _readable(k), _readable(v)
     dq, dk, dv = into
     rule = _Rule(how)
-    library.CPU.attention_backward(
+    library.run(
+        "attention_backward",
+        q,
         DTYPES[q.dtype],
         _sizes(q, k, v),
         rule.native,
@@ -252,7 +255,6 @@ def _backward(
         dk.data_ptr(),
         dv.data_ptr(),
         _sizes(dq, dk, dv),
-        torch.get_num_threads(),
     )
 
 

@@ -174,15 +174,16 @@ def _table(logits: Tensor) -> Tensor:
 
 def _logit_max(logits: Tensor, num_valid: int) -> Tensor:
     table = _table(logits)
-    largest = torch.empty(logits.shape[:-1], dtype=accumulation_dtype(logits.dtype))
-    library.CPU.logit_max(
+    largest = logits.new_empty(logits.shape[:-1], dtype=accumulation_dtype(logits.dtype))
+    library.run(
+        "logit_max",
+        logits,
         DTYPES[logits.dtype],
         address(table),
         table.stride(0),
         num_valid,
         len(table),
         address(largest),
-        torch.get_num_threads(),
     )
     return largest
 
@@ -193,10 +194,12 @@ def _terms(
     """Of each token: largest logit (found, or given), sum of exponentials, label's logit relative to the largest, loss."""
     table, wide = _table(logits), accumulation_dtype(logits.dtype)
     labels = _fitting(labels, "labels", logits, torch.int64)
-    largest, total, target, losses = torch.empty((4, *labels.shape), dtype=wide).unbind()
+    largest, total, target, losses = logits.new_empty((4, *labels.shape), dtype=wide).unbind()
     if logit_max is not None:
         largest.copy_(_fitting(logit_max, "logit_max", logits, wide))
-    library.CPU.cross_entropy_terms(
+    library.run(
+        "cross_entropy_terms",
+        logits,
         DTYPES[logits.dtype],
         address(table),
         table.stride(0),
@@ -209,7 +212,6 @@ def _terms(
         address(total),
         address(target),
         address(losses),
-        torch.get_num_threads(),
     )
     return largest, total, target, losses
 
@@ -224,7 +226,7 @@ def _gradient(
     num_valid: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    gradient = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
+    gradient = logits.new_empty(logits.shape) if out is None else out
     if not gradient.is_contiguous() or gradient.shape != logits.shape or gradient.dtype != logits.dtype:
         raise KernelError(
             f"cross-entropy: out {tuple(gradient.shape)}: must be contiguous, of the logits' shape and dtype"
@@ -233,7 +235,9 @@ def _gradient(
     labels = _fitting(labels, "labels", logits, torch.int64)
     logit_max, sum_exp = _fitting(logit_max, "logit_max", logits, wide), _fitting(sum_exp, "sum_exp", logits, wide)
     scale = _fitting(scale, "scale", logits, scale.dtype).to(wide)
-    library.CPU.cross_entropy_gradient(
+    library.run(
+        "cross_entropy_gradient",
+        logits,
         DTYPES[logits.dtype],
         address(table),
         table.stride(0),
@@ -247,7 +251,6 @@ def _gradient(
         address(scale),
         address(target),
         target.stride(0),
-        torch.get_num_threads(),
     )
     if out is not None:
         torch.autograd.graph.increment_version(out)  # who kept it for backward learns that it has changed

@@ -116,7 +116,9 @@ def _forward(
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     y = torch.empty_like(x)
-    library.CPU.dropout_forward(
+    library.run(
+        "dropout_forward",
+        x,
         DTYPES[x.dtype],
         x.data_ptr(),
         address(bias),
@@ -130,7 +132,6 @@ def _forward(
         key_first,
         key_second,
         threshold,
-        torch.get_num_threads(),
     )
     return y
 
@@ -151,7 +152,9 @@ def _bias_backward(
     """Gradients of x and of bias."""
     dy, sample_ids, positions = dy.contiguous(), sample_ids.contiguous(), positions.contiguous()
     dx, dbias = torch.empty_like(dy), dy.new_empty(dy.shape[-1])
-    library.CPU.dropout_bias_backward(
+    library.run(
+        "dropout_bias_backward",
+        dy,
         DTYPES[dy.dtype],
         dy.data_ptr(),
         dx.data_ptr(),
@@ -164,7 +167,7 @@ def _bias_backward(
         key_first,
         key_second,
         threshold,
-        torch.get_num_threads(),
+        scratch=(dy.shape[0] * dy.shape[1], dy.shape[2]),
     )
     return dx, dbias
 

@@ -15,12 +15,13 @@ _LIBRARY = torch.library.Library("trilith", "DEF")
 
 
 def define(schema: str, run: Callable[..., Any], like: Callable[..., Any]) -> Any:
-    """Define an op: `run` computes on CPU tensors, `like` makes empty results of the same shapes, dtypes and devices.
+    """Define an op: `run` computes natively, `like` makes empty results of the same shapes, dtypes and devices.
 
     Returns the op as a callable, to which `differentiate` may give a backward.
     """
     name = _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run, "CPU")
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"trilith::{name}", like, lib=_LIBRARY)
     return getattr(torch.ops.trilith, name)
 

@@ -185,7 +185,9 @@ def _chunk(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> Tensor:
 def _fused(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     """Losses of a chunk; its logits become their gradient."""
     labels, losses = labels.contiguous(), torch.empty_like(scale)
-    library.CPU.cross_entropy_fused(
+    library.run(
+        "cross_entropy_fused",
+        logits,
         DTYPES[logits.dtype],
         address(logits),
         logits.shape[1],
@@ -196,7 +198,6 @@ def _fused(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         len(logits),
         address(scale),
         address(losses),
-        torch.get_num_threads(),
     )
     return losses
 

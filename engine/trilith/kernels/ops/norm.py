@@ -87,7 +87,9 @@ def _forward(
     residual = None if residual is None else residual.contiguous()
     y, total, mean, rstd = _forward_like(x, residual, weight, bias, eps, is_rms)
     width = x.shape[-1]
-    library.CPU.norm_forward(
+    library.run(
+        "norm_forward",
+        x,
         DTYPES[x.dtype],
         x.data_ptr(),
         address(residual),
@@ -100,7 +102,6 @@ def _forward(
         x.numel() // width if width else 0,
         width,
         eps,
-        torch.get_num_threads(),
     )
     return y, total, mean, rstd
 
@@ -130,7 +131,9 @@ def _backward(
     dtotal = None if dtotal is None else dtotal.contiguous()
     dx, dweight, dbias = _backward_like(dy, dtotal, x, weight, mean, rstd, has_bias, is_rms)
     width = x.shape[-1]
-    library.CPU.norm_backward(
+    library.run(
+        "norm_backward",
+        x,
         DTYPES[x.dtype],
         dy.data_ptr(),
         address(dtotal),
@@ -143,7 +146,7 @@ def _backward(
         dbias.data_ptr() if has_bias else 0,
         x.numel() // width if width else 0,
         width,
-        torch.get_num_threads(),
+        scratch=(x.numel() // width if width else 0, width),
     )
     return dx, dweight, dbias
 

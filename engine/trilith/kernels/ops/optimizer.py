@@ -7,6 +7,9 @@ changes from step to step: learning rate, clip factor, loss scale, 1 - beta1^t, 
 Gradients are divided by the loss scale and multiplied by the clip factor as they are read; they keep their values, or
 become zero with `zeroes_gradients`. Updates do not depend on how a list is cut, on threads or on the processor.
 
+All tensors of a call lie on the CPU, or on one CUDA device, where parameters are fp32; `multipliers` and `step` lie
+with them, or on the CPU, from where they are copied. Addresses and multipliers are copied to a device once.
+
 `backend` "reference" is plain torch; otherwise ops run natively, or raise KernelError where they cannot. Callers that have
 torch's own optimizers to fall back on ask `is_native` first.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -165,12 +169,21 @@ def _chosen(first: Tensor, backend: str, reference: Any, op: Any, native: Any) -
 
 def _refusal(parameter: Tensor, gradient: Tensor, states: Sequence[Tensor], weight: Tensor | None) -> str:
     """Why the native optimizers do not take tensors like these; empty if they do."""
-    if library.CPU is None:
-        return library.MISSING or "the native library is switched off"
+    device = parameter.device
+    if device.type == "cuda":
+        reason = library.cuda_refusal(device.index)
+    else:
+        reason = "" if library.CPU is not None else library.MISSING or "the native library is switched off"
+    if reason:
+        return reason
     named = [("parameter", parameter), ("gradient", gradient), *(("state", state) for state in states)]
     for name, tensor in named if weight is None else [*named, ("weight", weight)]:
-        if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
-            return f"{name}: {tensor.dtype} on {tensor.device}; it must be a floating-point tensor on the CPU"
+        if tensor.device != device or device.type not in ("cpu", "cuda") or tensor.dtype not in DTYPES:
+            return (
+                f"{name}: {tensor.dtype} on {tensor.device}; all must be floating-point, on the CPU or one CUDA device"
+            )
+        if device.type == "cuda" and tensor.dtype == torch.float64:
+            return f"{name}: fp64 on {device}; it must be of at most 32 bits there"
     if parameter.dtype not in _MASTERS:
         return f"parameter: {parameter.dtype}; it must be fp32 or fp64"
     for state in states:
@@ -217,17 +230,23 @@ def _column(name: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def _check_numbers(name: str, count: int, multipliers: Tensor, step: Tensor) -> None:
+def _check_numbers(name: str, count: int, multipliers: Tensor, step: Tensor, device: torch.device) -> None:
     for what, tensor, shape in (("multipliers", multipliers, (count, 2)), ("step", step, (STEP_VALUES,))):
-        is_plain = tensor.dtype == torch.float64 and tensor.device.type == "cpu" and tensor.is_contiguous()
-        if tuple(tensor.shape) != shape or not is_plain:
+        is_here = tensor.device.type == "cpu" or tensor.device == device
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float64 or not is_here or not tensor.is_contiguous():
             raise KernelError(
                 f"{name}: {what} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}: must be {shape}, contiguous "
-                "float64 on the CPU"
+                "float64 on the CPU" + ("" if device.type == "cpu" else f" or {device}")
             )
 
 
 # --- what runs ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _on_device(table: bytes, device: torch.device) -> Tensor:
+    """The bytes of a table on a device, which asks for the same ones in every step."""
+    return torch.frombuffer(bytearray(table), dtype=torch.int64).to(device)
 
 
 def _dtype_code(tensors: Sequence[Tensor]) -> int:
@@ -245,11 +264,20 @@ def _run_natively(
     *constants: Any,
 ) -> None:
     """Call the native op `name`, which has none, one or two lists of states."""
-    _check_numbers(name, len(parameters), multipliers, step)
+    first = parameters[0]
+    _check_numbers(name, len(parameters), multipliers, step, first.device)
     table = _slices(name, parameters, gradients, states, weights)
-    codes = (_dtype_code(x) for x in (parameters, gradients, states[0] if states else (), weights))
-    where = (table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr())
-    getattr(library.CPU, name)(*codes, *where, *constants, torch.get_num_threads())
+    codes = [_dtype_code(x) for x in (parameters, gradients, states[0] if states else ())]
+    if first.device.type == "cpu":
+        where: tuple[int, ...] = (table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr())
+        library.run(name, first, *codes, _dtype_code(weights), *where, *constants)
+        return
+    slices, groups = _on_device(table.tobytes(), first.device), multipliers
+    if groups.device != first.device:
+        groups = _on_device(groups.numpy().tobytes(), first.device)
+    now = step.to(first.device, non_blocking=True)
+    where = (slices.data_ptr(), groups.data_ptr(), len(parameters), sum(table[5::6]), now.data_ptr())
+    library.run(name, first, *codes, _dtype_code(weights) if weights else -1, *where, *constants)
 
 
 def _adam(
@@ -313,10 +341,14 @@ def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     sizes = [tensor.numel() for tensor in tensors]
     addresses = _column("sum_of_squares", tensors, sizes)
     table = array("q", chain.from_iterable(zip(addresses, sizes, strict=True)))
-    total = torch.empty((), dtype=torch.float64)
-    library.CPU.sum_of_squares(
-        DTYPES[tensors[0].dtype], table.buffer_info()[0], len(sizes), total.data_ptr(), torch.get_num_threads()
-    )
+    first = tensors[0]
+    total = first.new_empty((), dtype=torch.float64)
+    if first.device.type == "cpu":
+        where = table.buffer_info()[0]
+        library.run("sum_of_squares", first, DTYPES[first.dtype], where, len(sizes), total.data_ptr())
+        return total
+    runs = _on_device(table.tobytes(), first.device)
+    library.run("sum_of_squares", first, DTYPES[first.dtype], runs.data_ptr(), len(sizes), total.data_ptr(), scratch=())
     return total
 
 

@@ -81,7 +81,9 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 def _turn_into(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     """The same into y, which may be x."""
     cos, sin = cos.contiguous(), sin.contiguous()
-    library.CPU.rotary(
+    library.run(
+        "rotary",
+        x,
         DTYPES[x.dtype],
         x.data_ptr(),
         y.data_ptr(),
@@ -93,7 +95,6 @@ def _turn_into(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, inverse: bool) ->
         *y.stride()[:3],
         x.shape[1] * cos.shape[-1] if cos.dim() == 3 else 0,
         inverse,
-        torch.get_num_threads(),
     )
 
 
