@@ -83,7 +83,7 @@ def build_cuda_library(target: Path, folder: Path, verbose: bool = False) -> Non
     compiler, nvcc = find_compiler(), find_nvcc()
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    lines, objects = cuda_rules(nvcc, os.environ.get("TRILITH_CUDA_ARCHS") or CUDA_ARCHS, "")
+    lines, objects = _cuda_rules(nvcc, os.environ.get("TRILITH_CUDA_ARCHS") or CUDA_ARCHS)
     lines += [
         f"cxx = {compiler}",
         "rule compile",
@@ -97,7 +97,15 @@ def build_cuda_library(target: Path, folder: Path, verbose: bool = False) -> Non
     _run_ninja("\n".join(lines) + "\n", folder, nvcc, verbose)
 
 
-def cuda_rules(nvcc: str, archs: str, more: str) -> tuple[list[str], list[str]]:
+def cuda_reports(folder: Path, archs: str) -> dict[str, str]:
+    """What the assembler says of the registers and spills of each file of csrc/cuda, compiled for `archs` in `folder`."""
+    nvcc = find_nvcc()
+    lines, objects = _cuda_rules(nvcc, archs, "-Xptxas -v", " > $out.report 2>&1 || (cat $out.report; exit 1)")
+    _run_ninja("\n".join([*lines, f"default {' '.join(objects)}"]) + "\n", folder, nvcc, False)
+    return {name: (folder / f"{name}.report").read_text() for name in objects}
+
+
+def _cuda_rules(nvcc: str, archs: str, more: str = "", behind: str = "") -> tuple[list[str], list[str]]:
     """The lines of a build file that compile csrc/cuda for `archs` ("80 90a 90+ptx"), and the objects that they make."""
     codes = []
     for arch in archs.split():
@@ -108,7 +116,7 @@ def cuda_rules(nvcc: str, archs: str, more: str) -> tuple[list[str], list[str]]:
         f"nvcc = {nvcc}",
         f"cuda_flags = {CUDA_FLAGS} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} -I {CSRC}",
         "rule cuda",
-        f"  command = $nvcc $cuda_flags $more {more} -MMD -MF $out.d -c $in -o $out",
+        f"  command = $nvcc $cuda_flags $more {more} -MMD -MF $out.d -c $in -o $out{behind}",
         "  description = $out",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -119,6 +127,55 @@ def cuda_rules(nvcc: str, archs: str, more: str) -> tuple[list[str], list[str]]:
         unfused = "--fmad=false" if source.stem in CUDA_UNFUSED else ""
         lines += [f"build {objects[-1]}: cuda {source}", f"  more = {unfused}"]
     return lines, objects
+
+
+def build_emulated(target: Path, folder: Path) -> None:
+    """Make `target`, the extension `trilith._kernels_cuda` for a processor: csrc/cuda on csrc/tests/device."""
+    compiler, device, translated = find_compiler(), CSRC / "tests" / "device", folder.resolve() / "cuda"
+    translated.mkdir(parents=True, exist_ok=True)
+    for source in (*(CSRC / "cuda").glob("*.h"), *(CSRC / "cuda").glob("*.cu")):
+        copy, text = translated / source.name, launches_as_calls(source.read_text())
+        if not copy.exists() or copy.read_text() != text:
+            copy.write_text(text)
+    include = f"-I {device} -I {translated.parent} -I {CSRC}"
+    flags = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -w {_python_headers()} {include}"
+    lines = [
+        "rule compile",
+        f"  command = {compiler} {flags} -x c++ -include cuda_runtime.h -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared $in -o $out",
+    ]
+    objects = []
+    for source in (*sorted(translated.glob("*.cu")), CSRC / "cuda" / "bind.cpp", device / "emulator.cpp"):
+        objects.append(f"{source.stem}.o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    lines += [f"build {target.resolve()}: link {' '.join(objects)}", f"default {target.resolve()}"]
+    _run_ninja("\n".join(lines) + "\n", folder, compiler, False)
+
+
+def launches_as_calls(text: str) -> str:
+    """CUDA source with `kernel<...><<<grid, block, bytes, stream>>>(arguments)` as a call of the emulator's `launch`."""
+    while (at := text.find("<<<")) >= 0:
+        end = text.index(">>>", at)
+        start = at
+        if text[start - 1].isspace():
+            start = len(text[:start].rstrip())
+        if text[start - 1] == ">":  # back to the bracket that opens the kernel's own arguments
+            depth = 1
+            while depth:
+                start -= 1
+                depth += {">": 1, "<": -1}.get(text[start - 1], 0)
+            start -= 1
+        while text[start - 1].isalnum() or text[start - 1] == "_":
+            start -= 1
+        opening = text.index("(", end)
+        assert not text[end + 3 : opening].strip(), text[at : opening + 1]
+        kernel, config = text[start:at].strip(), text[at + 3 : end]
+        separator = "" if text[opening + 1] == ")" else ", "
+        text = f"{text[:start]}::trilith::emulated::launch({config}, {kernel}{separator}{text[opening + 1 :]}"
+    return text
 
 
 def build_tests(folder: Path, verbose: bool = False) -> Path:
@@ -140,8 +197,8 @@ def _python_headers() -> str:
 
 
 def all_sources() -> list[Path]:
-    """Every source file in C++."""
-    return sorted(CSRC.glob("**/*.cpp"))
+    """Every source file in C++ but those of the emulated device."""
+    return sorted(source for source in CSRC.glob("**/*.cpp") if source.parent.name != "device")
 
 
 def _rules(compiler: str, sources: list[Path], target: Path, flags: str, link_flags: str) -> str:

@@ -130,22 +130,22 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[lanes], const Pla
         for (int i = 0; i < lanes; ++i) partial[static_cast<int64_t>(blockIdx.y) * width + place.column + i] = sums[i];
 }
 
-// load(k, row) then use(k, row) for the rows of a place, kAhead of them under way; k is a constant where loops are unrolled.
+// load(k, row) then use(k, row) for the rows of a place, `ahead` of them under way; k is a constant where loops are unrolled.
 constexpr int kAhead = 4;
-template <class Load, class Use>
+template <int ahead = kAhead, class Load, class Use>
 __device__ __forceinline__ void each_row(const Place& place, Load&& load, Use&& use) {
     int64_t row = place.begin;
-    for (; row + kAhead <= place.end; row += kAhead) {
+    for (; row + ahead <= place.end; row += ahead) {
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k) load(k, row + k);
+        for (int k = 0; k < ahead; ++k) load(k, row + k);
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k) use(k, row + k);
+        for (int k = 0; k < ahead; ++k) use(k, row + k);
     }
     for (; row < place.end; ++row) load(0, row), use(0, row);
 }
 
 template <class T, int lanes, int kind>
-__global__ void __launch_bounds__(kTableThreads)
+__global__ void __launch_bounds__(kTableThreads, 2)
     forward_bias(const T* x, const T* bias, T* y, int64_t rows, int width, int64_t rows_per_block) {
     const Place place = place_of<lanes>(rows, width, rows_per_block);
     Pack<T, lanes> added{};
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kTableThreads)
 }
 
 template <class T, int lanes, int kind>
-__global__ void __launch_bounds__(kTableThreads) backward_bias(const T* dy, const T* x, const T* bias, T* dx, float* partial,
+__global__ void __launch_bounds__(kTableThreads, 2) backward_bias(const T* dy, const T* x, const T* bias, T* dx, float* partial,
                                                                int64_t rows, int width, int64_t rows_per_block) {
     const Place place = place_of<lanes>(rows, width, rows_per_block);
     Pack<T, lanes> added{};
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kTableThreads) backward_bias(const T* dy, cons
 // --- gated units: rows of gate and up may be the halves of one product ----------------------------------------------------
 
 template <class T, int lanes, int kind>
-__global__ void __launch_bounds__(kTableThreads) gated_forward(const T* gate, const T* up, T* y, int64_t rows, int width,
+__global__ void __launch_bounds__(kTableThreads, 2) gated_forward(const T* gate, const T* up, T* y, int64_t rows, int width,
                                                                int64_t gate_stride, int64_t up_stride, int64_t rows_per_block) {
     const Place place = place_of<lanes>(rows, width, rows_per_block);
     Pack<T, lanes> g[kAhead], u[kAhead];
@@ -209,12 +209,13 @@ __global__ void __launch_bounds__(kTableThreads) gated_forward(const T* gate, co
 }
 
 template <class T, int lanes, int kind>
-__global__ void __launch_bounds__(kTableThreads)
+__global__ void __launch_bounds__(kTableThreads, 2)
     gated_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t rows, int width, int64_t gate_stride,
                    int64_t up_stride, int64_t gradient_stride, int64_t rows_per_block) {
     const Place place = place_of<lanes>(rows, width, rows_per_block);
-    Pack<T, lanes> given[kAhead], g[kAhead], u[kAhead];
-    each_row(
+    constexpr int ahead = kAhead / 2;  // of three tensors
+    Pack<T, lanes> given[ahead], g[ahead], u[ahead];
+    each_row<ahead>(
         place,
         [&](int k, int64_t row) {
             given[k] = read<T, lanes>(dy + row * width + place.column);
@@ -257,7 +258,7 @@ struct Decisions {
 
 // The `lanes` columns of a thread have their decisions in one call. With `partial` the results are summed, as gradients of a bias.
 template <class T, int lanes>
-__global__ void __launch_bounds__(kTableThreads) dropout_rows(const Decisions decide, const T* x, const T* bias, const T* residual,
+__global__ void __launch_bounds__(kTableThreads, 2) dropout_rows(const Decisions decide, const T* x, const T* bias, const T* residual,
                                                               T* y, float* partial, int64_t rows, int width, int64_t rows_per_block) {
     const Place place = place_of<lanes>(rows, width, rows_per_block);
     const int64_t feature = decide.first_feature + place.column;

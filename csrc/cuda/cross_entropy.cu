@@ -128,7 +128,7 @@ __device__ void gradient_row(const T* x, T* to, int valid, int width, int column
 }
 
 template <class T, bool packed>
-__global__ void __launch_bounds__(kThreads) largest_kernel(const Rows<const T> rows, float* most) {
+__global__ void __launch_bounds__(kThreads, 1) largest_kernel(const Rows<const T> rows, float* most) {
     const T* x = rows.row(blockIdx.x);
     float mine = -INFINITY;
     each_pack<packed>(x, rows.valid, [&](int, const auto& pack) { mine = fmaxf(mine, largest_of(pack)); });
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) largest_kernel(const Rows<const T> r
 }
 
 template <class T, bool packed>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     terms_kernel(const Rows<const T> rows, bool finds_largest, float* most, float* total, float* target, float* losses) {
     const int64_t token = blockIdx.x;
     const T* x = rows.row(token);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, bool packed>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(const Rows<const T> from, T* gradient, int64_t gradient_stride,
+__global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Rows<const T> from, T* gradient, int64_t gradient_stride,
                                                             const float* most, const float* total, const float* scale) {
     const int64_t token = blockIdx.x;
     gradient_row<packed>(from.row(token), gradient + token * gradient_stride, from.valid, from.width, from.column(token),

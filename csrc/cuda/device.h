@@ -47,11 +47,15 @@ __device__ __forceinline__ __half narrow(float x) { return __float2half_rn(x); }
 // Reads of what is needed once and written by nobody: past the first cache, which keeps what is read again (weights).
 template <class T>
 __device__ __forceinline__ Pack<T, kLanes<T>> load_once(const T* from) {
+#ifdef __CUDA_ARCH__
     uint4 bits;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
         : "l"(from));
     return reinterpret_cast<const Pack<T, kLanes<T>>&>(bits);
+#else
+    return *reinterpret_cast<const Pack<T, kLanes<T>>*>(from);
+#endif
 }
 template <class T>
 __device__ __forceinline__ Pack<T, kLanes<T>> load(const T* from) {

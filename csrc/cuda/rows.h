@@ -12,7 +12,11 @@ namespace trilith::cuda {
 // Waits for the `group` threads of a group of whole warps; groups of a block do not wait for each other.
 template <int group>
 __device__ __forceinline__ void wait_for_group(int index) {
+#ifdef __CUDA_ARCH__
     asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "n"(group) : "memory");
+#elif !defined(__CUDACC__)
+    emulated::wait(index + 1, group);  // csrc/tests/device
+#endif
 }
 
 // Sums of two numbers over a group, in the order of warps. One wait each: two places in shared memory are used in turn, and

@@ -68,5 +68,6 @@ void test_cross_entropy(const CpuKernels& kernels, DType dtype);
 void test_optimizer(const CpuKernels& kernels, DType dtype);
 void test_io();
 void test_data();
+void test_plans();
 
 }  // namespace trilith::tests

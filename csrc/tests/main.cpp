@@ -25,7 +25,7 @@ int main() {
             for (DType dtype : kDTypes) test(*kernels, dtype);
             report(std::string(name) + " " + kernels->name, before);
         }
-    const std::pair<const char*, void (*)()> others[] = {{"io", test_io}, {"data", test_data}};
+    const std::pair<const char*, void (*)()> others[] = {{"io", test_io}, {"data", test_data}, {"plans", test_plans}};
     for (const auto& [name, test] : others) {
         const int before = num_failures();
         test();

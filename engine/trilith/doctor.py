@@ -65,6 +65,8 @@ def _kernels() -> dict[str, Any]:
     """The native library, and by family of ops and device what runs under `auto`, with why nothing faster does."""
     found = library.LIBRARY
     refusal = library.cuda_refusal(0) if torch.cuda.is_available() else library.CUDA_MISSING or "there is no device"
+    if not refusal and not library.CUDA_HAS_RUN:
+        refusal = "the CUDA kernels have not run on a GPU yet: kernels.backend 'fused' takes them"
     cpu = {"runs": "fused", "why": ""} if found else {"runs": "torch", "why": library.MISSING}
     cuda = {"runs": "torch", "why": refusal} if refusal else {"runs": "fused", "why": ""}
     no_attention = {"runs": "torch", "why": refusal or "there is no CUDA kernel for it"}

@@ -38,6 +38,15 @@ CUDA, CUDA_MISSING = (
 )
 
 
+# The CUDA kernels compile, but have not run on a GPU yet: `auto` leaves them alone, `fused` takes them.
+CUDA_HAS_RUN = False
+
+
+def is_trusted(device: torch.device, backend: str) -> bool:
+    """Whether `backend` may choose the kernels of this device."""
+    return device.type != "cuda" or CUDA_HAS_RUN or backend == "fused"
+
+
 @cache
 def cuda_refusal(device: int) -> str:
     """Why the CUDA kernels do not run on the device of this number; empty if they do."""
@@ -63,7 +72,7 @@ def takes(op: str, backend: str, first: Tensor, *others: Tensor | None, on_cuda:
 
     `on_cuda`: whether there is a CUDA kernel for it.
     """
-    if backend in ("torch", "reference"):
+    if backend in ("torch", "reference") or not is_trusted(first.device, backend):
         return False
     if serves(first, *others, on_cuda=on_cuda):
         return True

@@ -149,6 +149,20 @@ def attention(
     return (weights @ values).transpose(1, 2).to(q.dtype)
 
 
+def masked_softmax(x: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    """softmax(scale x) over the keys of x (B, N, Q, K) that are seen: see `ops.masked_softmax`."""
+    queries, keys = x.shape[-2:]
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
+    if causal:
+        seen = seen.tril(keys - queries)
+    if mask is not None:
+        seen = seen & mask
+    scores = (widened(x) * scale).masked_fill(~seen, -torch.inf)
+    # A row of minus infinities has no softmax, and its gradient would be NaN.
+    weights = scores.masked_fill(~seen.any(-1, keepdim=True), 0.0).softmax(-1)
+    return weights.masked_fill(~seen, 0.0).to(x.dtype)
+
+
 def _attention_keep(
     mask: AttentionMask, key: Key, sample_ids: Tensor, head_range: tuple[int, int], weights: Tensor, p: float
 ) -> Tensor:

@@ -89,9 +89,9 @@ _GPU_PIECE = 1 << 21
 
 def _is_native(backend: str, *tensors: Tensor, on_cuda: bool = False) -> bool:
     """Whether the native library makes what belongs to these tensors; `on_cuda`: whether it can there."""
-    if backend not in ("auto", "fused"):
-        return False
     device = tensors[0].device
+    if backend not in ("auto", "fused") or not library.is_trusted(device, backend):
+        return False
     has_kernels = library.CPU is not None if device.type == "cpu" else on_cuda and device.type == "cuda"
     if device.type == "cuda" and has_kernels:
         has_kernels = not library.cuda_refusal(device.index)

@@ -23,7 +23,7 @@ def sum_of_squares(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     torch's own norm, whose error grows with the length (3.6e-4 at 10 M elements), and exact to about 1e-9 (1e-6 where all
     roundings fall one way). Infinities and NaN come through. The result does not depend on the number of threads.
     """
-    if ranges and library.serves(tensor) and tensor.is_contiguous():
+    if ranges and library.takes("sum_of_squares", "auto", tensor) and tensor.is_contiguous():
         return optimizer.sum_of_squares([tensor[start:stop] for start, stop in ranges])
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for start, stop in ranges:

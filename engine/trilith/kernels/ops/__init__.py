@@ -20,6 +20,7 @@ from trilith.kernels.ops.linear import linear
 from trilith.kernels.ops.linear_cross_entropy import SplitVocabulary, linear_cross_entropy
 from trilith.kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from trilith.kernels.ops.rotary import rotary, rotary_packed
+from trilith.kernels.ops.softmax import masked_softmax
 
 __all__ = [
     "SplitVocabulary",
@@ -38,6 +39,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "local_logit_max",
+    "masked_softmax",
     "packed_attention",
     "rms_norm",
     "rotary",

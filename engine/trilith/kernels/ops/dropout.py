@@ -77,11 +77,14 @@ def _is_native(
     feature_range: tuple[int, int],
     backend: str,
 ) -> bool:
-    if backend == "torch":
+    if not library.takes("dropout", backend, x, bias, residual):
         return False
-    if not library.serves(x, bias, residual) or sample_ids.device != x.device or positions.device != x.device:
+    if sample_ids.device != x.device or positions.device != x.device:
         if backend == "fused":
-            raise KernelError(f"dropout: backend 'fused': {library.why_not(x, bias, residual)}")
+            raise KernelError(
+                f"dropout: backend 'fused': sample_ids on {sample_ids.device}, positions on {positions.device}: must be "
+                f"on {x.device}"
+            )
         return False
     shape = (len(sample_ids), positions.shape[-1], feature_range[1] - feature_range[0])
     if x.shape != shape or (positions.dim() == 2 and len(positions) != len(sample_ids)):

@@ -45,7 +45,7 @@ def is_native(
 
     Raises KernelError where the backend is "fused" and it cannot.
     """
-    if backend in ("torch", "reference"):
+    if backend in ("torch", "reference") or not library.is_trusted(parameter.device, backend):
         return False
     reason = _refusal(parameter, gradient, states, weight)
     if reason and backend == "fused":

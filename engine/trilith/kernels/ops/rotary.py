@@ -39,21 +39,22 @@ def rotary_packed(
     The native op changes x itself, which nobody else may use any more; else the result is a new tensor.
     """
     heads = x.unflatten(-1, (-1, head_dim))
-    if backend not in ("torch", "reference") and library.serves(x) and not library.is_traced(x) and x.stride(-1) == 1:
-        if _is_native(heads, cos, sin, backend):
-            return _PackedRotary.apply(x, num_turned, head_dim, cos, sin)
+    is_plain = not library.is_traced(x) and x.stride(-1) == 1
+    if is_plain and _is_native(heads, cos, sin, backend):
+        return _PackedRotary.apply(x, num_turned, head_dim, cos, sin)
     turned = rotary(heads[:, :, :num_turned], cos, sin, backend)
     return torch.cat((turned, heads[:, :, num_turned:]), dim=2).flatten(2)
 
 
 def _is_native(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> bool:
-    if backend == "torch":
+    if not library.takes("rotary", backend, x):
         return False
     wide = reference.accumulation_dtype(x.dtype)
-    if not library.serves(x) or cos.device != x.device or sin.device != x.device or not cos.dtype == sin.dtype == wide:
+    if cos.device != x.device or sin.device != x.device or not cos.dtype == sin.dtype == wide:
         if backend == "fused":
-            reason = library.why_not(x) if not library.serves(x) else f"tables are {cos.dtype}: must be {wide}"
-            raise KernelError(f"rotary: backend 'fused': {reason}")
+            raise KernelError(
+                f"rotary: backend 'fused': tables are {cos.dtype} on {cos.device}: must be {wide} on {x.device}"
+            )
         return False
     if (
         x.dim() != 4

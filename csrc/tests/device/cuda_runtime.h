@@ -1,0 +1,92 @@
+// The part of CUDA that csrc/cuda uses, run by the processor, so that its kernels are tested where there is no GPU.
+//
+// A block is a set of fibers in one thread of the processor, which change hands where CUDA's threads wait for each other; blocks
+// run one after the other. Which fiber goes on is drawn anew at every wait: what would be a race gives other bits from launch to
+// launch. A wait that cannot end is an error, not a standstill. csrc/build.py translates launches (<<< >>>) into calls of `launch`.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // one block at a time, in one thread
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float2 {
+    float x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+struct cudaFuncAttributes {};
+inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return cudaSuccess; }
+
+namespace trilith::emulated {
+
+struct Place {
+    dim3 thread, block, block_dim, grid_dim;
+};
+// Of the fiber that runs.
+extern Place now;
+
+void run(dim3 grid, dim3 block, const std::function<void()>& thread);
+
+template <class... Parameters, class... Arguments>
+void launch(dim3 grid, dim3 block, size_t, cudaStream_t, void (*kernel)(Parameters...), Arguments... arguments) {
+    run(grid, block, [&] { kernel(Parameters(arguments)...); });
+}
+
+// Waits until `count` threads of the block wait at barrier `id`, or, with a count of 0, all that have not ended.
+void wait(int id, int count);
+// `bits` of the lane whose number differs by xor with `step`, within aligned parts of `width` lanes; all lanes of a warp call it.
+uint32_t exchange(uint32_t bits, int step, int width);
+uint64_t exchange(uint64_t bits, int step, int width);
+
+}  // namespace trilith::emulated
+
+#define threadIdx (::trilith::emulated::now.thread)
+#define blockIdx (::trilith::emulated::now.block)
+#define blockDim (::trilith::emulated::now.block_dim)
+#define gridDim (::trilith::emulated::now.grid_dim)
+
+inline void __syncthreads() { trilith::emulated::wait(0, 0); }
+inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    return std::memcpy(&bits, &x, sizeof bits), bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    return std::memcpy(&x, &bits, sizeof x), x;
+}
+inline float __shfl_xor_sync(uint32_t, float x, int step, int width = 32) {
+    return __uint_as_float(trilith::emulated::exchange(__float_as_uint(x), step, width));
+}
+inline double __shfl_xor_sync(uint32_t, double x, int step, int width = 32) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits = trilith::emulated::exchange(bits, step, width);
+    return std::memcpy(&x, &bits, sizeof x), x;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
