@@ -1,7 +1,9 @@
 """How csrc/ is compiled: the flags, once, for the libraries that `setup.py` builds and for the program that tests them.
 
 `python csrc/build.py test [FOLDER]` builds the tests of csrc/tests, under AddressSanitizer and UndefinedBehaviorSanitizer,
-in FOLDER (build/native_tests) and runs them. Needs a C++17 compiler and ninja, for the library pybind11, too; never torch.
+in FOLDER (build/native_tests) and runs them. `python csrc/build.py here` builds the libraries into the checkout, as an
+editable install does, for a Python without setuptools. Needs a C++17 compiler and ninja, for the libraries pybind11 and
+for CUDA nvcc, too; never torch.
 """
 
 from __future__ import annotations
@@ -270,19 +272,30 @@ def openmp(compiler: str) -> str:
     return "-fopenmp" if tried.returncode == 0 else ""
 
 
+def build_here() -> None:
+    """The libraries in the checkout."""
+    package, folder = CSRC.parent / "engine" / "trilith", CSRC.parent / "build" / "here"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    build_library(package / f"_kernels{suffix}", folder / "kernels")
+    if wants_cuda():
+        build_cuda_library(package / f"_kernels_cuda{suffix}", folder / "kernels_cuda")
+
+
 def main() -> int:
-    """Build and run the tests; returns their exit code."""
+    """Build the libraries, or build and run the tests; returns the exit code."""
     words = sys.argv[1:]
-    if not words or words[0] != "test" or len(words) > 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    folder = Path(words[1]) if len(words) == 2 else CSRC.parent / "build" / "native_tests"
     try:
-        program = build_tests(folder)
+        if words == ["here"]:
+            build_here()
+            return 0
+        if words[:1] == ["test"] and len(words) <= 2:
+            folder = Path(words[1]) if len(words) == 2 else CSRC.parent / "build" / "native_tests"
+            return subprocess.run([str(build_tests(folder))]).returncode
     except KernelsUnavailable as reason:
-        print(f"the native tests were not built: {reason}", file=sys.stderr)
+        print(f"not built: {reason}", file=sys.stderr)
         return 1
-    return subprocess.run([str(program)]).returncode
+    print(__doc__, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
