@@ -46,6 +46,7 @@ def build_stages(
                 dtype=policy.param_dtype,
                 queue=WeightQueue(defers=schedule.splits_backward),
                 backends=chosen(config.kernels),
+                compiles=(config.compile.backend, config.compile.mode) if config.compile.enabled else None,
             ),
         )
         for index in schedule.stages_of(topology.coordinate("pp"))

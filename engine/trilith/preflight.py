@@ -150,12 +150,21 @@ def plan(
     resolved = resolve(load_config(source, overrides), world_size, local_ranks=local_ranks, checks=(layout_problems,))
     try:
         found = _plan(resolved, measured)
+        _require_compilable(found)
         _require_memory(found)
         _require_machine(found, local_ranks or found.world_size)
     except ConfigError as error:
         provenance = resolved.config.provenance
         raise ConfigError(provenance.locate(error.violations), provenance.source) from None
     return found
+
+
+def _require_compilable(plan: Plan) -> None:
+    """torch.compile computes weight gradients where it likes: nothing of them can be put off."""
+    if plan.config.compile.enabled and plan.splits_backward:
+        rule = f"cannot be with pipeline.schedule {plan.schedule.name!r}, which splits the backward"
+        fix = "Use a schedule with whole backwards (1f1b, interleaved_1f1b, gpipe), or leave compile off."
+        raise ConfigError([Violation("compile.enabled", True, rule, fix)])
 
 
 def _plan(resolved: Resolved, measured: Measured | None) -> Plan:

@@ -416,7 +416,7 @@ METHODS = (
         *("max_train_batch_size", "micro_batch_sizes", "min_gpus", "max_gpus", "min_time", "prefer_larger_batch"),
         *("ignore_non_elastic_batch_info", "num_gpus_per_node", "model_parallel_size", "version"),
     ),
-    _refuse_block("compile", "torch.compile is not built in yet", "Remove it.", switch="enabled"),
+    _refuse("compile.kwargs", "options of the backend are not passed on", "Use compile.mode.", (None, {})),
     _refuse_block("autotuning", "tuning by trial runs is not supported", "Use `trilith check` to compare layouts."),
     _refuse_block("data_efficiency", _HYPER, "Remove it."),
     _refuse_block("curriculum_learning", _HYPER, "Remove it; model.sequence_length is fixed."),

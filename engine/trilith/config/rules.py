@@ -100,6 +100,22 @@ def split_has_samples(config: Config) -> list[Violation]:
     return []
 
 
+def compile_fits(config: Config) -> list[Violation]:
+    """torch.compile takes blocks that run on one rank each, of a model that the engine builds."""
+    if not config.compile.enabled:
+        return []
+    if config.model is None:
+        rule = "compiles the blocks of the models that a config describes"
+        return [Violation("compile.enabled", True, rule, "Compile your module before you hand it to initialize.")]
+    if config.parallel.tensor > 1:
+        rule = f"cannot be with parallel.tensor {config.parallel.tensor}: blocks communicate inside"
+        return [Violation("compile.enabled", True, rule, "Set parallel.tensor to 1, or leave compile off.")]
+    if config.activation_checkpointing.recompute == "selective":
+        rule = 'cannot be with activation_checkpointing.recompute "selective": the compiler chooses what it keeps'
+        return [Violation("compile.enabled", True, rule, 'Use "none" or "full".')]
+    return []
+
+
 def sample_needs_text(config: Config) -> list[Violation]:
     """A generated sample needs a tokenizer to write and read text."""
     data, tokens = config.data, config.training.generate_tokens
@@ -271,6 +287,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("model.vocab_size", "data.corpus", "data.tokenizer", "data.eod_token"), vocabulary_holds_tokens),
     Rule(("data.loss_mask", "data.eod_token", "data.paths", "data.tokenizer"), loss_mask_knows_its_token),
     Rule(("data.split", "training.eval_interval"), split_has_samples),
+    Rule(("compile", "parallel.tensor", "activation_checkpointing.recompute"), compile_fits),
     Rule(("training.generate_tokens", "data.corpus", "data.paths", "data.tokenizer"), sample_needs_text),
     Rule(
         ("train_batch_size", "training.eval_batch_size", "train_micro_batch_size_per_gpu", "parallel.data"),

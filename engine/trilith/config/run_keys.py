@@ -72,6 +72,20 @@ class KernelsConfig(ConfigModel):
     optimizer: KernelName | None = key(None, "The optimizer's update and the gradient norm. null: kernels.backend.")
 
 
+class CompileConfig(ConfigModel):
+    """torch.compile of the blocks of a built-in model."""
+
+    enabled: Bool = key(
+        False,
+        "Compile every block's forward and backward as one graph. Not with tensor ranks, selective recompute, or schedules "
+        "that split the backward.",
+    )
+    backend: Str = key("inductor", "Backend of torch.compile.")
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = key(
+        "default", "Mode of torch.compile."
+    )
+
+
 class TensorBoardConfig(ConfigModel):
     """TensorBoard events."""
 

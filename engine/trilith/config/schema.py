@@ -17,6 +17,7 @@ from trilith.config.layout_keys import ActivationCheckpointingConfig, ParallelCo
 from trilith.config.model_keys import DataConfig, ModelConfig
 from trilith.config.run_keys import (
     CheckpointConfig,
+    CompileConfig,
     CsvMonitorConfig,
     KernelsConfig,
     RunConfig,
@@ -121,6 +122,7 @@ class Config(ConfigModel):
     )
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "Saved state.")
     kernels: KernelsConfig = key(KernelsConfig(), "Which implementation of the ops runs.")
+    compile: CompileConfig = key(CompileConfig(), "torch.compile of the model's blocks.")
     run: RunConfig = key(RunConfig(), "Where the run writes and what it runs on.")
     steps_per_print: Auto[Count] = key(
         "auto", "Progress line every so many steps. auto: training.log_interval, or 10.", "steps"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trilith.config.model_keys import ModelConfig
 from trilith.kernels.backends import DEFAULT, Backends
 from trilith.kernels.weight_queue import WeightQueue
+from trilith.layers.compiled import compile_forward
 from trilith.layers.placement import Placement
 from trilith.layers.recompute import FULL, recomputed
 from trilith.models.base import LocalParameter, UnitDecl, local_parameter, stage_parameters
@@ -133,6 +134,7 @@ class StageOptions:
     """How a stage is built. `recompute` is `none`, `selective` or `full`; `seed` is the run's.
 
     `queue`: where its linears leave their weight gradients, None for autograd. `backends`: what its ops run on.
+    `compiles`: backend and mode of torch.compile for its blocks.
     """
 
     recompute: str
@@ -141,6 +143,7 @@ class StageOptions:
     dtype: torch.dtype
     queue: WeightQueue | None = None
     backends: Backends = DEFAULT
+    compiles: tuple[str, str] | None = None
 
 
 def build_stage(model: ModelConfig, units: Sequence[UnitDecl], topology: Topology, options: StageOptions) -> StageModel:
@@ -152,4 +155,8 @@ def build_stage(model: ModelConfig, units: Sequence[UnitDecl], topology: Topolog
     shared = options.sequence_parallel and group.size > 1
     local = tuple(local_parameter(p, group.index, group.size, shared) for p in stage_parameters(units))
     placement = Placement(group, shared, options.dtype, torch.device("meta"), options.queue, options.backends)
-    return StageModel(StageSettings(model, placement, options.seed, options.recompute), units, local)
+    stage = StageModel(StageSettings(model, placement, options.seed, options.recompute), units, local)
+    if options.compiles is not None:
+        for block in stage.layers.values():
+            compile_forward(block, *options.compiles)
+    return stage

@@ -43,6 +43,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, queue: WeightQ
     With a `queue` that takes them x and the gradient of y go there in backward, for the gradient of the weight, which
     autograd does not see. The gradients of x and of the bias come as always.
     """
-    if queue is None or not (queue.takes and torch.is_grad_enabled() and weight.requires_grad):
+    if (
+        queue is None
+        or torch.compiler.is_compiling()
+        or not (queue.takes and torch.is_grad_enabled() and weight.requires_grad)
+    ):
         return functional.linear(x, weight, bias)
     return _SplitLinear.apply(x, bias, queue.anchor, (weight, queue))
