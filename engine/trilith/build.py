@@ -46,6 +46,7 @@ def build_stages(
                 dtype=policy.param_dtype,
                 queue=WeightQueue(defers=schedule.splits_backward),
                 backends=chosen(config.kernels),
+                fused_loss=config.kernels.fused_loss,
                 compiles=(config.compile.backend, config.compile.mode) if config.compile.enabled else None,
             ),
         )

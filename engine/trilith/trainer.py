@@ -72,6 +72,8 @@ class Trainer:
         """
         self.plan, self.config = plan, plan.config
         self.failpoints = failpoints or Failpoints()
+        if self.config.run.nvtx and place.device.type != "cuda":
+            raise TrilithError(f"run.nvtx = true on {place.device}: NVTX ranges need CUDA. Leave it out")
         self.failpoints.hit("build")
         timeout_s, channels = self.config.parallel.timeout_s, plan.schedule.channels()
         shared_memory = self.config.run.shared_memory
@@ -122,6 +124,8 @@ class Trainer:
         """An executor of `schedule` (complete) on this rank's stages."""
         executor = Executor(schedule, self.pipeline, self.channels)
         executor.on_wait = self._wait
+        if self.config.run.nvtx:
+            executor.around = torch.cuda.nvtx.range
         return executor
 
     def _wait(self, position: str) -> None:

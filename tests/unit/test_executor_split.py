@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -283,6 +284,26 @@ def test_waiting_is_announced() -> None:
 
     run_threads(schedule, work)
     assert any("waiting for receive backward of stage 0" in text for text in heard[0])
+
+
+def test_actions_are_bracketed() -> None:
+    """`around` brackets every action with its description."""
+    schedule = complete(make_schedule("zb_h1", 2, 1, 3))
+    heard: dict[int, list[str]] = {0: [], 1: []}
+
+    def work(rank: int, executor: Executor, stages: dict[int, PipelineStage]) -> None:
+        @contextmanager
+        def around(text: str) -> Iterator[None]:
+            heard[rank].append(text)
+            yield
+            heard[rank].append("end")
+
+        executor.around = around
+        executor.run(batches(3), BOUNDARY)
+
+    run_threads(schedule, work)
+    for rank, texts in heard.items():
+        assert texts[::2] == [action.describe() for action in schedule.actions[rank]] and set(texts[1::2]) == {"end"}
 
 
 def test_every_split_kind_is_in_the_table() -> None:

@@ -47,6 +47,7 @@ class RunConfig(ConfigModel):
         True,
         "Ranks of one machine exchange CPU tensors through shared memory where the system lets them; false: by gloo.",
     )
+    nvtx: Bool = key(False, "Mark every action of the schedule as an NVTX range, for Nsight Systems; needs CUDA.")
     peak_flops: Positive | None = key(
         None, "Peak of one rank, from which MFU is computed; null: MFU is not shown.", "FLOP/s"
     )
@@ -70,6 +71,11 @@ class KernelsConfig(ConfigModel):
     dropout: KernelName | None = key(None, "Dropout of the residual stream. null: kernels.backend.")
     cross_entropy: KernelName | None = key(None, "The loss. null: kernels.backend.")
     optimizer: KernelName | None = key(None, "The optimizer's update and the gradient norm. null: kernels.backend.")
+    fused_loss: Bool = key(
+        False,
+        "The last product and the loss as one op, in chunks of tokens: logits never exist whole, and the gradients are made "
+        "in forward. Not where the weight's gradient is put off (schedules that split the backward).",
+    )
 
 
 class CompileConfig(ConfigModel):

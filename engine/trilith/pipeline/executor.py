@@ -11,8 +11,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -85,6 +87,7 @@ class Executor:
         self._current: Action | None = None
         self._waits_for: Action | None = None
         self.on_wait: Callable[[str], None] | None = None
+        self.around: Callable[[str], AbstractContextManager[Any]] | None = None  # of each action, by its description
         assert tuple(sorted(self._stages)) == schedule.stages_of(self._rank), sorted(self._stages)
         for index, stage in self._stages.items():
             ends = (index == 0, index == schedule.num_stages - 1)
@@ -184,7 +187,8 @@ class Executor:
             with torch.set_grad_enabled(self._trains):
                 while step.next_action < stop:
                     action = self._current = self._actions[step.next_action]
-                    self._table[action.kind](action)
+                    with nullcontext() if self.around is None else self.around(self._numbered(action).describe()):
+                        self._table[action.kind](action)
                     step.next_action += 1
         except StartAnew:
             raise
