@@ -73,8 +73,8 @@ class KernelsConfig(ConfigModel):
     optimizer: KernelName | None = key(None, "The optimizer's update and the gradient norm. null: kernels.backend.")
     fused_loss: Bool = key(
         False,
-        "The last product and the loss as one op, in chunks of tokens: logits never exist whole, and the gradients are made "
-        "in forward. Not where the weight's gradient is put off (schedules that split the backward).",
+        "The last product and the loss as one op, in chunks of tokens: logits never exist whole, and the gradients are "
+        "made in forward. Not where the weight's gradient is put off (schedules that split the backward).",
     )
 
 
