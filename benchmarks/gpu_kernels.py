@@ -125,7 +125,7 @@ def losses(cases: Cases) -> None:
 
     def fused(table: Tensor) -> None:
         sizes = vocab, len(table)
-        where = (table.data_ptr(), vocab, labels.data_ptr(), 0, sizes[0], *sizes)
+        where = (table.data_ptr(), vocab, labels.data_ptr(), 0, sizes[0], *sizes, 0.0)
         library.run("cross_entropy_fused", table, library.DTYPES[DTYPE], *where, scale.data_ptr(), losses.data_ptr())
 
     few = logits[:256].clone()

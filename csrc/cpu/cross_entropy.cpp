@@ -96,11 +96,11 @@ void row_terms(const T* x, int64_t n, wide_t<T>& most, wide_t<T>& total) {
 
 template <class T, class Put>
 void gradient_row(const Rows<const T>& from, const Rows<T>& to, int64_t token, wide_t<T> most, wide_t<T> total, wide_t<T> scale,
-                  Put&& put) {
+                  wide_t<T> softmax_scale, Put&& put) {
     using A = wide_t<T>;
     const T* x = from.row(token);
     T* g = to.row(token);
-    const A factor = scale / total;
+    const A factor = softmax_scale / total;
     const int64_t column = from.column(token);
     const A label = column >= 0 ? load_one(x + column) : A(0);
     each_register<A>(from.valid, [&](int64_t i, int64_t count) {
@@ -113,7 +113,7 @@ void gradient_row(const Rows<const T>& from, const Rows<T>& to, int64_t token, w
 
 // The token's loss, and its gradient in the place of its logits. Exponentials wait in `held` until the sum is known.
 template <class T>
-wide_t<T> fused_row(const Rows<T>& rows, int64_t token, wide_t<T> scale, wide_t<T>* held, wide_t<T>* shifts) {
+wide_t<T> fused_row(const Rows<T>& rows, int64_t token, wide_t<T> z_loss, wide_t<T> scale, wide_t<T>* held, wide_t<T>* shifts) {
     using A = wide_t<T>;
     T* x = rows.row(token);
     const int64_t column = rows.column(token);
@@ -134,10 +134,11 @@ wide_t<T> fused_row(const Rows<T>& rows, int64_t token, wide_t<T> scale, wide_t<
         }
         shifts[block] = shift;
     }
-    const A loss = column >= 0 ? std::log(total) - (label - most) : A(0);
+    const A normaliser = std::log(total) + most, softmax_scale = scale * (1 + 2 * z_loss * normaliser);
+    const A loss = column >= 0 ? std::log(total) - (label - most) + z_loss * normaliser * normaliser : A(0);
     for (int64_t at = 0, block = 0; at < rows.valid; at += kBlock, ++block) {
         const int64_t count = std::min(kBlock, rows.valid - at);
-        const A factor = (shifts[block] == most ? A(1) : exp(fill(shifts[block] - most))[0]) * (scale / total);
+        const A factor = (shifts[block] == most ? A(1) : exp(fill(shifts[block] - most))[0]) * (softmax_scale / total);
         each_register<A>(count, [&](int64_t i, int64_t lanes) {
             Vec<A> value;
             if constexpr (sizeof(T) == sizeof(A))
@@ -147,7 +148,7 @@ wide_t<T> fused_row(const Rows<T>& rows, int64_t token, wide_t<T> scale, wide_t<
             store_some(x + at + i, value * factor, lanes);
         });
     }
-    if (column >= 0) store_one(x + column, exp(fill(label - most))[0] * (scale / total) - scale);
+    if (column >= 0) store_one(x + column, exp(fill(label - most))[0] * (softmax_scale / total) - scale);
     for (int64_t i = rows.valid; i < rows.width; ++i) store_one(x + i, A(0));
     return loss;
 }
@@ -189,8 +190,8 @@ void cross_entropy_terms(int dtype, Address logits, int64_t stride, Address labe
 }
 
 void cross_entropy_gradient(int dtype, Address logits, int64_t stride, Address labels, int64_t first_label, int64_t valid,
-                            int64_t width, int64_t tokens, Address most, Address total, Address scale, Address gradient,
-                            int64_t gradient_stride, int threads) {
+                            int64_t width, int64_t tokens, Address most, Address total, Address scale, Address softmax_scale,
+                            Address gradient, int64_t gradient_stride, int threads) {
     with_dtype(static_cast<DType>(dtype), [&](auto tag) {
         using T = typename decltype(tag)::type;
         using A = wide_t<T>;
@@ -200,15 +201,17 @@ void cross_entropy_gradient(int dtype, Address logits, int64_t stride, Address l
         const bool streamed = gradient != logits && is_streamed(to.base, tokens * width, gradient_stride) && streams(to.base, valid);
         for_each_piece(tokens, useful_threads(threads, tokens * width * 8), 1, [&](int64_t begin, int64_t end) {
             with_store<T>(streamed, [&](auto put) {
+                const A* of_softmax = (const A*)(softmax_scale ? softmax_scale : scale);
                 for (int64_t token = begin; token < end; ++token)
-                    gradient_row(from, to, token, ((const A*)most)[token], ((const A*)total)[token], ((const A*)scale)[token], put);
+                    gradient_row(from, to, token, ((const A*)most)[token], ((const A*)total)[token], ((const A*)scale)[token],
+                                 of_softmax[token], put);
             });
         });
     });
 }
 
 void cross_entropy_fused(int dtype, Address logits, int64_t stride, Address labels, int64_t first_label, int64_t valid,
-                         int64_t width, int64_t tokens, Address scale, Address losses, int threads) {
+                         int64_t width, int64_t tokens, double z_loss, Address scale, Address losses, int threads) {
     with_dtype(static_cast<DType>(dtype), [&](auto tag) {
         using T = typename decltype(tag)::type;
         using A = wide_t<T>;
@@ -218,7 +221,8 @@ void cross_entropy_fused(int dtype, Address logits, int64_t stride, Address labe
             std::unique_ptr<A[]> shifts(new A[static_cast<size_t>(blocks)]);
             std::unique_ptr<A[]> held(sizeof(T) == sizeof(A) ? nullptr : new A[static_cast<size_t>(valid)]);
             for (int64_t token = begin; token < end; ++token)
-                ((A*)losses)[token] = fused_row(rows, token, ((const A*)scale)[token], held.get(), shifts.get());
+                ((A*)losses)[token] =
+                    fused_row(rows, token, static_cast<A>(z_loss), ((const A*)scale)[token], held.get(), shifts.get());
         });
     });
 }

@@ -113,8 +113,8 @@ __device__ Terms row_terms(const T* x, int count) {
 
 // The gradient of a row, which may lie in the place of its logits.
 template <bool packed, class T>
-__device__ void gradient_row(const T* x, T* to, int valid, int width, int column, Terms terms, float scale) {
-    const float factor = scale / terms.total;
+__device__ void gradient_row(const T* x, T* to, int valid, int width, int column, Terms terms, float scale, float softmax_scale) {
+    const float factor = softmax_scale / terms.total;
     each_pack<packed>(x, valid, [&](int first, auto pack) {
         constexpr int n = sizeof(pack) / sizeof(T);
 #pragma unroll
@@ -163,21 +163,24 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T, bool packed>
 __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const Rows<const T> from, T* gradient, int64_t gradient_stride,
-                                                            const float* most, const float* total, const float* scale) {
+                                                            const float* most, const float* total, const float* scale,
+                                                            const float* softmax_scale) {
     const int64_t token = blockIdx.x;
     gradient_row<packed>(from.row(token), gradient + token * gradient_stride, from.valid, from.width, from.column(token),
-                         Terms{most[token], total[token]}, scale[token]);
+                         Terms{most[token], total[token]}, scale[token], softmax_scale[token]);
 }
 
 template <class T, bool packed>
-__global__ void __launch_bounds__(kThreads, 1) fused_kernel(const Rows<T> rows, int64_t tokens, const float* scale, float* losses) {
+__global__ void __launch_bounds__(kThreads, 1) fused_kernel(const Rows<T> rows, int64_t tokens, float z_loss, const float* scale, float* losses) {
     for (int64_t token = blockIdx.x; token < tokens; token += gridDim.x) {
         T* x = rows.row(token);
         const int column = rows.column(token);
         const float label = column >= 0 ? widen(x[column]) : 0.0f;  // before anyone writes: block_terms waits for all
         const Terms terms = row_terms<packed>(const_cast<const T*>(x), rows.valid);
-        if (threadIdx.x == 0) losses[token] = column >= 0 ? logf(terms.total) - (label - terms.most) : 0.0f;
-        gradient_row<packed>(const_cast<const T*>(x), x, rows.valid, rows.width, column, terms, scale[token]);
+        const float normaliser = logf(terms.total) + terms.most, softmax_scale = scale[token] * (1 + 2 * z_loss * normaliser);
+        if (threadIdx.x == 0)
+            losses[token] = column >= 0 ? logf(terms.total) - (label - terms.most) + z_loss * normaliser * normaliser : 0.0f;
+        gradient_row<packed>(const_cast<const T*>(x), x, rows.valid, rows.width, column, terms, scale[token], softmax_scale);
     }
 }
 
@@ -225,22 +228,23 @@ void cross_entropy_terms(int dtype, Address logits, int64_t stride, Address labe
 }
 
 void cross_entropy_gradient(int dtype, Address logits, int64_t stride, Address labels, int64_t first_label, int64_t valid,
-                            int64_t width, int64_t tokens, Address most, Address total, Address scale, Address gradient,
-                            int64_t gradient_stride, Address stream) {
+                            int64_t width, int64_t tokens, Address most, Address total, Address scale, Address softmax_scale,
+                            Address gradient, int64_t gradient_stride, Address stream) {
     if (tokens == 0) return;
     with_device_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const auto rows = rows_of<const T>(logits, stride, valid, width, labels, first_label);
         with_packing<T>({{logits, stride}, {gradient, gradient_stride}}, [&](auto packed) {
             gradient_kernel<T, packed()><<<static_cast<unsigned>(tokens), kThreads, 0, (cudaStream_t)stream>>>(
-                rows, (T*)gradient, gradient_stride, (const float*)most, (const float*)total, (const float*)scale);
+                rows, (T*)gradient, gradient_stride, (const float*)most, (const float*)total, (const float*)scale,
+                (const float*)(softmax_scale ? softmax_scale : scale));
         });
         check_launch("cross_entropy_gradient");
     });
 }
 
 void cross_entropy_fused(int dtype, Address logits, int64_t stride, Address labels, int64_t first_label, int64_t valid,
-                         int64_t width, int64_t tokens, Address scale, Address losses, Address stream) {
+                         int64_t width, int64_t tokens, double z_loss, Address scale, Address losses, Address stream) {
     if (tokens == 0) return;
     with_device_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
@@ -248,7 +252,8 @@ void cross_entropy_fused(int dtype, Address logits, int64_t stride, Address labe
         const auto blocks = static_cast<unsigned>(std::min<int64_t>(tokens, multiprocessors()));
         with_packing<T>({{logits, stride}}, [&](auto packed) {
             fused_kernel<T, packed()>
-                <<<blocks, kThreads, 0, (cudaStream_t)stream>>>(rows, tokens, (const float*)scale, (float*)losses);
+                <<<blocks, kThreads, 0, (cudaStream_t)stream>>>(rows, tokens, static_cast<float>(z_loss), (const float*)scale,
+                                                                (float*)losses);
         });
         check_launch("cross_entropy_fused");
     });

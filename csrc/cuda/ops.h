@@ -52,10 +52,10 @@ void cross_entropy_terms(int dtype, Address logits, int64_t stride, Address labe
                          int64_t tokens, bool finds_largest, Address most, Address total, Address target, Address losses,
                          Address stream);
 void cross_entropy_gradient(int dtype, Address logits, int64_t stride, Address labels, int64_t first_label, int64_t valid,
-                            int64_t width, int64_t tokens, Address most, Address total, Address scale, Address gradient,
-                            int64_t gradient_stride, Address stream);
+                            int64_t width, int64_t tokens, Address most, Address total, Address scale, Address softmax_scale,
+                            Address gradient, int64_t gradient_stride, Address stream);
 void cross_entropy_fused(int dtype, Address logits, int64_t stride, Address labels, int64_t first_label, int64_t valid,
-                         int64_t width, int64_t tokens, Address scale, Address losses, Address stream);
+                         int64_t width, int64_t tokens, double z_loss, Address scale, Address losses, Address stream);
 
 // --- softmax.cu: rows (outer, heads, queries) of `keys` scores, contiguous ---
 // y = softmax(scale x), over keys <= query + num_keys - num_queries where causal, and over those whose byte of `mask` is not 0

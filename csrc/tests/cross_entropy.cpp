@@ -29,7 +29,7 @@ void test_case(const CpuKernels& kernels, DType dtype, int64_t tokens, int64_t v
         kernels.cross_entropy_terms(code, logits.address(), stride, at, first_label, valid, tokens, true, out[0].address(),
                                     out[1].address(), out[2].address(), out[3].address(), threads);
         kernels.cross_entropy_gradient(code, logits.address(), stride, at, first_label, valid, width, tokens, out[0].address(),
-                                       out[1].address(), scale.address(), out[5].address(), width, threads);
+                                       out[1].address(), scale.address(), 0, out[5].address(), width, threads);
         return out;
     });
     Numbers most, total, target, losses, gradient;
@@ -54,20 +54,29 @@ void test_case(const CpuKernels& kernels, DType dtype, int64_t tokens, int64_t v
     check_close(what + " losses", made[3], losses, 4);
     check_close(what + " gradient", made[5], gradient);
     if (first_label) return;
-    const auto fused = run_both(what + " fused", [&](int threads) {
-        std::vector<Buffer> out;
-        out.emplace_back(dtype, logits.values());
-        out.emplace_back(wide(dtype), tokens);
-        kernels.cross_entropy_fused(code, out[0].address(), stride, at, first_label, valid, width, tokens, scale.address(),
-                                    out[1].address(), threads);
-        return out;
-    });
-    check_close(what + " fused losses", fused[1], losses, 4);
-    Numbers expected = logits.values();
-    for (int64_t token = 0; token < tokens; ++token)
-        for (int64_t i = 0; i < width; ++i)
-            expected[static_cast<size_t>(token * stride + i)] = gradient[static_cast<size_t>(token * width + i)];
-    check_close(what + " fused gradient", fused[0], expected);
+    for (double z_loss : {0.0, 0.25}) {
+        const auto fused = run_both(what + " fused", [&](int threads) {
+            std::vector<Buffer> out;
+            out.emplace_back(dtype, logits.values());
+            out.emplace_back(wide(dtype), tokens);
+            kernels.cross_entropy_fused(code, out[0].address(), stride, at, first_label, valid, width, tokens, z_loss,
+                                        scale.address(), out[1].address(), threads);
+            return out;
+        });
+        Numbers expected = logits.values(), with_z = losses;
+        for (int64_t token = 0; token < tokens; ++token) {
+            const auto t = static_cast<size_t>(token);
+            const double normaliser = std::log(total[t]) + most[t], factor = 2 * z_loss * normaliser;
+            with_z[t] += z_loss * normaliser * normaliser;
+            for (int64_t i = 0; i < width; ++i) {
+                const double softmax = i < valid ? std::exp(logits.at(token * stride + i) - most[t]) / total[t] : 0;
+                expected[static_cast<size_t>(token * stride + i)] =
+                    gradient[static_cast<size_t>(token * width + i)] + softmax * factor * scale.at(token);
+            }
+        }
+        check_close(what + " fused losses", fused[1], with_z, 16);
+        check_close(what + " fused gradient", fused[0], expected, 4);
+    }
 }
 
 }  // namespace

@@ -47,6 +47,7 @@ def build_stages(
                 queue=WeightQueue(defers=schedule.splits_backward),
                 backends=chosen(config.kernels),
                 fused_loss=config.kernels.fused_loss,
+                z_loss=config.training.z_loss,
                 compiles=(config.compile.backend, config.compile.mode) if config.compile.enabled else None,
             ),
         )

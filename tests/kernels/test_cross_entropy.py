@@ -72,6 +72,43 @@ def test_linear_cross_entropy(tokens: int, vocab: int, dtype: torch.dtype, instr
         assert float((value.double() - truth).norm()) <= limit
 
 
+Z_LOSS = 0.3
+
+
+def z_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each token's loss, as it is defined."""
+    normalisers = logits.double().logsumexp(-1)
+    return functional.cross_entropy(logits.double(), labels, reduction="none") + Z_LOSS * normalisers.square()
+
+
+@pytest.mark.parametrize("backend", ["fused", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_z_loss(dtype: torch.dtype, backend: str) -> None:
+    """Of a whole vocabulary, of one in parts on one rank, and fused with the product: values and gradients."""
+    logits, labels = problem(7, 301, dtype, 3.0)
+    leaf = logits.clone().requires_grad_()
+    truth = z_losses(leaf, labels)
+    weights = torch.linspace(0.0, 1.0, 7, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((truth * weights).sum(), leaf)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+    group, how = Group("tp", (0,), 0, None), LossSettings(backend, z_loss=Z_LOSS)
+    parted = VocabularyShard(0, 301, 304, 301)  # with padding it takes the way of a split vocabulary
+    for shard, columns in ((whole(301), logits), (parted, functional.pad(logits, (0, 3), value=9.0))):
+        own = columns.clone().view(1, 7, -1).requires_grad_()
+        losses = vocab_parallel_cross_entropy(own, labels.view(1, 7), None, shard, group, how)
+        torch.testing.assert_close(losses.double().view(-1), truth.detach(), **tolerance)
+        (gradient,) = torch.autograd.grad((losses.double().view(-1) * weights).sum(), own)
+        torch.testing.assert_close(gradient.view(7, -1)[:, :301].double(), expected.double(), **tolerance)
+    x, weight = torch.randn(7, 5, dtype=dtype), torch.randn(301, 5, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    total, losses = ops.linear_cross_entropy(*leaves, labels, z_loss=Z_LOSS, backend=backend)
+    truth = z_losses(x @ weight.t(), labels)
+    torch.testing.assert_close(losses.double(), truth.detach(), **tolerance)
+    pairs = zip(torch.autograd.grad(total, leaves), torch.autograd.grad(truth.sum(), leaves), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=tolerance["rtol"] * 10, atol=tolerance["atol"] * 100)
+
+
 def test_linear_cross_entropy_scales_with_what_comes_back() -> None:
     x, weight = torch.randn(12, 6, requires_grad=True), torch.randn(30, 6, requires_grad=True)
     labels = torch.randint(30, (12,))
@@ -174,11 +211,13 @@ def test_opcheck() -> None:
     torch.library.opcheck(library_ops.cross_entropy_terms.default, (logits, labels, None, 0, 9))
     largest, total, _, losses = library_ops.cross_entropy_terms(logits, labels, None, 0, 9)
     torch.library.opcheck(library_ops.logit_max.default, (logits, 9))
-    torch.library.opcheck(library_ops.cross_entropy_gradient.default, (logits, labels, largest, total, losses, 0, 9))
+    for softmax_scale in (None, losses + 1.0):
+        arguments = (logits, labels, largest, total, losses, softmax_scale, 0, 9)
+        torch.library.opcheck(library_ops.cross_entropy_gradient.default, arguments)
     x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
-    torch.library.opcheck(library_ops.linear_cross_entropy.default, (x, weight, labels, None, 0.5, True, True))
+    torch.library.opcheck(library_ops.linear_cross_entropy.default, (x, weight, labels, None, 0.5, 0.1, True, True))
     torch.library.opcheck(
-        library_ops.linear_cross_entropy.default, (x.detach(), weight, labels, None, 1.0, False, True)
+        library_ops.linear_cross_entropy.default, (x.detach(), weight, labels, None, 1.0, 0.0, False, True)
     )
 
 

@@ -300,6 +300,30 @@ def test_cross_entropy(vocab: int, dtype: torch.dtype, device: Device) -> None:
     torch.testing.assert_close(whole.cpu().double(), truth.grad, rtol=tolerance, atol=tolerance)
 
 
+def test_z_loss(device: Device) -> None:
+    """In the gradient as a scale of the softmax, in the fused kernel as a number."""
+    z_loss, labels = 0.3, torch.arange(6)
+    logits = random(6, 90) * 3
+    leaf = logits.double().requires_grad_()
+    normalisers = leaf.logsumexp(-1)
+    truth = functional.cross_entropy(leaf, labels, reduction="none") + z_loss * normalisers.square()
+    truth.sum().backward()
+    here, moved, scale = device.put(logits), device.put(labels), device.put(torch.ones(6))
+    losses, kept = ops.token_losses(here, moved, device.backend)
+    more, of_softmax = ops.with_z_loss(z_loss, lambda: ops.log_normalisers(here, kept), scale)
+    torch.testing.assert_close((losses + more).cpu().double(), truth.detach(), rtol=2e-6, atol=0.0)
+    gradient = ops.token_loss_gradient(here, moved, scale, kept, softmax_scale=of_softmax, backend=device.backend)
+    torch.testing.assert_close(gradient.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)
+    x, weight = random(6, 5), random(90, 5, seed=1)
+    found = [device.put(t).requires_grad_() for t in (x, weight)]
+    total, _ = ops.linear_cross_entropy(*found, moved, z_loss=z_loss, backend=device.backend)
+    plain = [t.double().requires_grad_() for t in (x, weight)]
+    expected, _ = ops.linear_cross_entropy(*plain, labels, z_loss=z_loss, backend="reference")
+    torch.testing.assert_close(total.cpu(), expected, rtol=1e-5, atol=0.0)
+    for one, two in zip(torch.autograd.grad(total, found), torch.autograd.grad(expected, plain), strict=True):
+        torch.testing.assert_close(one.cpu().double(), two, rtol=1e-4, atol=1e-4)
+
+
 def test_cross_entropy_lets_nan_through(device: Device) -> None:
     logits = device.put(random(3, 300))
     logits[1, 17] = torch.nan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from trilith.config.base import Auto, Bool, ConfigModel, Count, CountOrZero, Positive, Str, Text, key
+from trilith.config.base import Auto, Bool, ConfigModel, Count, CountOrZero, NotNegative, Positive, Str, Text, key
 
 
 class TrainingConfig(ConfigModel):
@@ -12,6 +12,11 @@ class TrainingConfig(ConfigModel):
 
     steps: CountOrZero = key(0, "Optimizer steps; a run needs at least 1.", "steps")
     seed: CountOrZero = key(1234, "Seed of initial weights, dropout and, by default, sample order.")
+    z_loss: NotNegative = key(
+        0.0,
+        "So many times ln(sum of exp(logits))^2 is added to each token's loss in training, also in the loss that is shown; "
+        "1e-4 keeps logits from drifting (PaLM).",
+    )
     eval_interval: CountOrZero = key(0, "Evaluate every so many steps; 0: never.", "steps")
     eval_batches: Count = key(8, "Evaluation batches averaged in one evaluation.", "batches")
     eval_batch_size: Auto[Count] = key(

@@ -20,10 +20,12 @@ from trilith.topology import Group
 
 @dataclass(frozen=True)
 class LossSettings:
-    """`backend` of the ops. `overwrites_logits`: backward puts the gradient in the place of the logits."""
+    """`backend` of the ops. `overwrites_logits`: backward puts the gradient in the place of the logits. `z_loss`: so many
+    times ln(sum of exp(logits))^2 belong to each token's loss (Chowdhery et al. 2022, section 5)."""
 
     backend: str = "auto"
     overwrites_logits: bool = False
+    z_loss: float = 0.0
 
 
 def vocab_parallel_cross_entropy(
@@ -52,7 +54,7 @@ def vocab_parallel_linear_cross_entropy(
     shard: VocabularyShard,
     group: Group,
     gradient_scale: float,
-    backend: str = "auto",
+    how: LossSettings = LossSettings(),
 ) -> Tensor:
     """The sum of the losses of `vocab_parallel_cross_entropy`, a float64 scalar, for the logits x weight^T.
 
@@ -70,7 +72,14 @@ def vocab_parallel_linear_cross_entropy(
     labels, mask = (None if t is None else t.reshape(-1) for t in batch)
     assert labels is not None
     total, _ = ops.linear_cross_entropy(
-        x.reshape(len(labels), -1), weight, labels, mask, gradient_scale=gradient_scale, split=split, backend=backend
+        x.reshape(len(labels), -1),
+        weight,
+        labels,
+        mask,
+        gradient_scale=gradient_scale,
+        z_loss=how.z_loss,
+        split=split,
+        backend=how.backend,
     )
     return total
 
@@ -81,17 +90,24 @@ class _WholeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, loss_mask: Tensor | None, how: LossSettings) -> Tensor:
         losses, kept = ops.token_losses(logits, labels, how.backend)
-        ctx.save_for_backward(logits, labels, loss_mask, *kept)
+        normalisers = ops.log_normalisers(logits, kept) if how.z_loss else None
+        if normalisers is not None:
+            losses = losses + how.z_loss * normalisers.square()
+        ctx.save_for_backward(logits, labels, loss_mask, normalisers, *kept)
         ctx.how = how
         return _counted(losses, loss_mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, loss_mask, *kept = ctx.saved_tensors
+        logits, labels, loss_mask, normalisers, *kept = ctx.saved_tensors
         scale = _counted(gradients[0], loss_mask)
-        out = _target(logits, ctx.how)
-        gradient = ops.token_loss_gradient(logits, labels, scale, tuple(kept), out=out, backend=ctx.how.backend)
-        return gradient, None, None, None
+        _, of_softmax = ops.with_z_loss(ctx.how.z_loss, lambda: normalisers, scale)
+        more: dict[str, Any] = {
+            "softmax_scale": of_softmax,
+            "out": _target(logits, ctx.how),
+            "backend": ctx.how.backend,
+        }
+        return ops.token_loss_gradient(logits, labels, scale, tuple(kept), **more), None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -115,15 +131,22 @@ class _CrossEntropy(torch.autograd.Function):
         total, target = sums.unbind()
         ctx.save_for_backward(logits, labels, largest, total, loss_mask)
         ctx.held, ctx.how = held, how
-        return _counted(total.log() - target, loss_mask)
+        losses = total.log() - target
+        if how.z_loss:
+            losses = losses + how.z_loss * (total.log() + largest).square()
+        return _counted(losses, loss_mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, largest, total, loss_mask = ctx.saved_tensors
-        scale, out = _counted(gradients[0], loss_mask), _target(logits, ctx.how)
-        gradient = ops.cross_entropy_gradient(
-            logits, labels, largest, total, scale, *ctx.held, out=out, backend=ctx.how.backend
-        )
+        scale = _counted(gradients[0], loss_mask)
+        _, of_softmax = ops.with_z_loss(ctx.how.z_loss, lambda: total.log() + largest, scale)
+        more: dict[str, Any] = {
+            "softmax_scale": of_softmax,
+            "out": _target(logits, ctx.how),
+            "backend": ctx.how.backend,
+        }
+        gradient = ops.cross_entropy_gradient(logits, labels, largest, total, scale, *ctx.held, **more)
         return gradient, None, None, None, None, None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class StageSettings:
     """What every unit of a stage is built from. `recompute` is `none`, `selective` or `full`; `seed` is the run's.
 
     `fused_loss`: the last product and the loss are one op, which never holds the logits whole and makes their gradients in
-    forward (`ops.linear_cross_entropy`): for last stages whose backward follows at once.
+    forward (`ops.linear_cross_entropy`): for last stages whose backward follows at once. `z_loss`: see LossSettings.
     """
 
     model: ModelConfig
@@ -34,6 +34,7 @@ class StageSettings:
     seed: int
     recompute: str
     fused_loss: bool = False
+    z_loss: float = 0.0
 
     def dropout(self, site: str) -> Dropout:
         """Dropout of the residual stream at `site`, a canonical name such as `layers.3.mlp`."""
@@ -99,8 +100,13 @@ class Head(nn.Module):
         self.fused_loss = settings.fused_loss
         self.norm = norm
         # Nobody reads logits after the loss but an observer, before backward.
-        self.how = LossSettings(settings.placement.backends.cross_entropy, overwrites_logits=True)
+        self._how = LossSettings(settings.placement.backends.cross_entropy, True, settings.z_loss)
         self.output = ColumnParallelLinear(settings.model.hidden_size, self.shard.rows, False, settings.placement)
+
+    @property
+    def how(self) -> LossSettings:
+        """How the loss is computed now; in evaluation it is the cross-entropy alone."""
+        return self._how if self.training else replace(self._how, z_loss=0.0)
 
     @property
     def fuses(self) -> bool:
@@ -121,7 +127,7 @@ class Head(nn.Module):
         labels = (batch.labels, batch.loss_mask)
         # In fp16 the small gradients of a mean would be lost before the loss scale comes.
         scale = 1.0 if weight.dtype == torch.float16 else batch.loss_weight
-        total = vocab_parallel_linear_cross_entropy(x, weight, labels, self.shard, self.group, scale, self.how.backend)
+        total = vocab_parallel_linear_cross_entropy(x, weight, labels, self.shard, self.group, scale, self.how)
         return total * batch.loss_weight
 
     def loss(self, logits: Tensor, batch: Microbatch) -> Tensor:

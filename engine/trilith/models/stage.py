@@ -134,7 +134,7 @@ class StageOptions:
     """How a stage is built. `recompute` is `none`, `selective` or `full`; `seed` is the run's.
 
     `queue`: where its linears leave their weight gradients, None for autograd. `backends`: what its ops run on.
-    `compiles`: backend and mode of torch.compile for its blocks. `fused_loss`: see StageSettings.
+    `compiles`: backend and mode of torch.compile for its blocks. `fused_loss`, `z_loss`: see StageSettings.
     """
 
     recompute: str
@@ -145,6 +145,7 @@ class StageOptions:
     backends: Backends = DEFAULT
     compiles: tuple[str, str] | None = None
     fused_loss: bool = False
+    z_loss: float = 0.0
 
 
 def build_stage(model: ModelConfig, units: Sequence[UnitDecl], topology: Topology, options: StageOptions) -> StageModel:
@@ -156,7 +157,7 @@ def build_stage(model: ModelConfig, units: Sequence[UnitDecl], topology: Topolog
     shared = options.sequence_parallel and group.size > 1
     local = tuple(local_parameter(p, group.index, group.size, shared) for p in stage_parameters(units))
     placement = Placement(group, shared, options.dtype, torch.device("meta"), options.queue, options.backends)
-    settings = StageSettings(model, placement, options.seed, options.recompute, options.fused_loss)
+    settings = StageSettings(model, placement, options.seed, options.recompute, options.fused_loss, options.z_loss)
     stage = StageModel(settings, units, local)
     if options.compiles is not None:
         for block in stage.layers.values():

@@ -12,12 +12,13 @@ from trilith.kernels.ops.cross_entropy import (
     cross_entropy_gradient,
     cross_entropy_terms,
     local_logit_max,
+    log_normalisers,
     token_loss_gradient,
     token_losses,
 )
 from trilith.kernels.ops.dropout import dropout, dropout_add
 from trilith.kernels.ops.linear import linear
-from trilith.kernels.ops.linear_cross_entropy import SplitVocabulary, linear_cross_entropy
+from trilith.kernels.ops.linear_cross_entropy import SplitVocabulary, linear_cross_entropy, with_z_loss
 from trilith.kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from trilith.kernels.ops.rotary import rotary, rotary_packed
 from trilith.kernels.ops.softmax import masked_softmax
@@ -39,6 +40,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "local_logit_max",
+    "log_normalisers",
     "masked_softmax",
     "packed_attention",
     "rms_norm",
@@ -49,4 +51,5 @@ __all__ = [
     "takes",
     "token_loss_gradient",
     "token_losses",
+    "with_z_loss",
 ]

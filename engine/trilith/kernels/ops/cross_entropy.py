@@ -16,6 +16,7 @@ but for the gradient itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,14 @@ from trilith.kernels.library import DTYPES, address
 from trilith.kernels.ops.library_form import define
 from trilith.kernels.reference import accumulation_dtype
 
-__all__ = ["cross_entropy_gradient", "cross_entropy_terms", "local_logit_max", "token_loss_gradient", "token_losses"]
+__all__ = [
+    "cross_entropy_gradient",
+    "cross_entropy_terms",
+    "local_logit_max",
+    "log_normalisers",
+    "token_loss_gradient",
+    "token_losses",
+]
 
 _CPU_PIECE = 1 << 17
 _GPU_PIECE = 1 << 24
@@ -84,22 +92,24 @@ def cross_entropy_gradient(
     first_label: int,
     num_valid: int,
     *,
+    softmax_scale: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(softmax - onehot) * scale in the logits' shape and dtype; 0 in padding columns.
 
     `logit_max` and `sum_exp` (...) are those over all ranks: max + ln(sum) in one number would lose digits where logits
-    are large. `scale` (...) is the gradient of each token's loss (0 masks the token). `out`, contiguous, may be the
-    logits themselves.
+    are large. `scale` (...) is the gradient of each token's loss (0 masks the token). `softmax_scale` (...) stands in its
+    place before the softmax, for losses that also depend on the sum alone. `out`, contiguous, may be the logits.
     """
     if is_native(logits, backend):
-        arguments = (logits, labels, logit_max, sum_exp, scale, first_label, num_valid)
+        arguments = (logits, labels, logit_max, sum_exp, scale, softmax_scale, first_label, num_valid)
         return gradient_op(*arguments) if library.is_traced(logits) else _gradient(*arguments, out)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
     source, target = logits.reshape(-1, logits.shape[-1]), gradient.view(-1, logits.shape[-1])
     column, held = reference.local_label_column(labels.reshape(-1, 1), first_label, num_valid)
-    largest, factor = logit_max.reshape(-1, 1), (scale / sum_exp).reshape(-1, 1)
+    of_softmax = scale if softmax_scale is None else softmax_scale
+    largest, factor = logit_max.reshape(-1, 1), (of_softmax / sum_exp).reshape(-1, 1)
     at_label = scale.reshape(-1, 1).masked_fill(~held, 0.0).neg_()
     wide = accumulation_dtype(logits.dtype)
     for piece in _pieces(source):
@@ -137,23 +147,24 @@ def token_loss_gradient(
     scale: Tensor,
     kept: tuple[Tensor, ...],
     *,
+    softmax_scale: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(softmax - onehot) * scale in the logits' shape and dtype, for the arguments and what is `kept` of `token_losses`.
 
-    `scale` (...) is the gradient of each token's loss (0 masks the token). `out`, contiguous, may be the logits.
+    `scale` (...) is the gradient of each token's loss (0 masks the token), `softmax_scale` and `out` are as in
+    `cross_entropy_gradient`.
     """
     if is_native(logits, backend):
         largest, total = kept[:2]
-        return cross_entropy_gradient(
-            logits, labels, largest, total, scale, 0, logits.shape[-1], out=out, backend=backend
-        )
+        more: dict[str, Any] = {"softmax_scale": softmax_scale, "out": out, "backend": backend}
+        return cross_entropy_gradient(logits, labels, largest, total, scale, 0, logits.shape[-1], **more)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
     source, target = logits.reshape(-1, logits.shape[-1]), gradient.view(-1, logits.shape[-1])
     column, held = reference.local_label_column(labels.reshape(-1, 1), 0, logits.shape[-1])
-    wide, factor = accumulation_dtype(logits.dtype), scale.reshape(-1, 1)
-    at_label = factor.masked_fill(~held, 0.0).neg_()
+    wide, factor = accumulation_dtype(logits.dtype), (scale if softmax_scale is None else softmax_scale).reshape(-1, 1)
+    at_label = scale.reshape(-1, 1).masked_fill(~held, 0.0).neg_()
     for piece in _pieces(source):
         into = target[piece] if logits.dtype == wide else None
         values = torch.softmax(source[piece], -1, dtype=wide, out=into)
@@ -161,6 +172,17 @@ def token_loss_gradient(
         if into is None:
             target[piece] = values
     return gradient
+
+
+def log_normalisers(logits: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    """ln(sum of exp(logit)) of each token (...), widened, for the logits (..., V) and what is `kept` of `token_losses`."""
+    if kept:
+        return kept[1].log() + kept[0]
+    table, wide = logits.reshape(-1, logits.shape[-1]), accumulation_dtype(logits.dtype)
+    found = torch.empty(len(table), dtype=wide, device=logits.device)
+    for piece in _pieces(table):
+        torch.logsumexp(table[piece].to(wide), -1, out=found[piece])
+    return found.view(logits.shape[:-1])
 
 
 # --- what runs natively -------------------------------------------------------------------------------------------------
@@ -222,6 +244,7 @@ def _gradient(
     logit_max: Tensor,
     sum_exp: Tensor,
     scale: Tensor,
+    softmax_scale: Tensor | None,
     first_label: int,
     num_valid: int,
     out: Tensor | None = None,
@@ -235,6 +258,8 @@ def _gradient(
     labels = _fitting(labels, "labels", logits, torch.int64)
     logit_max, sum_exp = _fitting(logit_max, "logit_max", logits, wide), _fitting(sum_exp, "sum_exp", logits, wide)
     scale = _fitting(scale, "scale", logits, scale.dtype).to(wide)
+    if softmax_scale is not None:
+        softmax_scale = _fitting(softmax_scale, "softmax_scale", logits, softmax_scale.dtype).to(wide)
     library.run(
         "cross_entropy_gradient",
         logits,
@@ -249,6 +274,7 @@ def _gradient(
         address(logit_max),
         address(sum_exp),
         address(scale),
+        address(softmax_scale),
         address(target),
         target.stride(0),
     )
@@ -287,7 +313,7 @@ terms_op = define(
 )
 gradient_op = define(
     "cross_entropy_gradient(Tensor logits, Tensor labels, Tensor logit_max, Tensor sum_exp, Tensor scale,"
-    " int first_label, int num_valid) -> Tensor",
+    " Tensor? softmax_scale, int first_label, int num_valid) -> Tensor",
     lambda *arguments: _gradient(*arguments),
     lambda logits, *_: logits.new_empty(logits.shape),
 )

@@ -17,6 +17,7 @@ from trilith.kernels.ops.cross_entropy import (
     cross_entropy_terms,
     is_native,
     local_logit_max,
+    log_normalisers,
     token_loss_gradient,
     token_losses,
 )
@@ -47,10 +48,13 @@ def linear_cross_entropy(
     loss_mask: Tensor | None = None,
     *,
     gradient_scale: float = 1.0,
+    z_loss: float = 0.0,
     split: SplitVocabulary | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(x weight^T)[label] over the tokens that count, and each token's loss (without gradient).
+
+    With `z_loss` a token's loss also has so many times ln(sum of exp(logits))^2 (Chowdhery et al. 2022, "PaLM", section 5).
 
     x (T, H), weight (V, H), labels (T,) int64, loss_mask (T,) bool: tokens where it is False have loss and gradient 0,
     whatever their label. The sum is an fp64 scalar, the losses (T,) are in fp32, or fp64 where x is.
@@ -75,10 +79,10 @@ def linear_cross_entropy(
     needs_x, needs_weight = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     if split is None and is_native(x, backend) and library.is_traced(x):
         total, losses, _, _ = linear_cross_entropy_op(
-            x, weight, labels, loss_mask, gradient_scale, needs_x, needs_weight
+            x, weight, labels, loss_mask, gradient_scale, z_loss, needs_x, needs_weight
         )
         return total, losses
-    how = _How(gradient_scale, needs_x, needs_weight, split, backend)
+    how = _How(gradient_scale, z_loss, needs_x, needs_weight, split, backend)
     total, losses = _LinearCrossEntropy.apply(x, weight, labels, loss_mask, how)
     return total, losses
 
@@ -86,6 +90,7 @@ def linear_cross_entropy(
 @dataclass(frozen=True)
 class _How:
     gradient_scale: float
+    z_loss: float
     needs_x: bool
     needs_weight: bool
     split: SplitVocabulary | None
@@ -171,18 +176,34 @@ def _chunk(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> Tensor:
         sums = torch.stack(cross_entropy_terms(logits, labels, largest, *where, backend))
         split.reduce(sums, "sum")
         total, target = sums.unbind()
+        more, of_softmax = with_z_loss(how.z_loss, lambda: total.log() + largest, scale)
         if needs_gradients:
-            cross_entropy_gradient(logits, labels, largest, total, scale, *where, out=logits, backend=backend)
-        return total.log() - target
+            gradient_of: dict[str, Any] = {"softmax_scale": of_softmax, "out": logits, "backend": backend}
+            cross_entropy_gradient(logits, labels, largest, total, scale, *where, **gradient_of)
+        return total.log() - target + more
     if needs_gradients and is_native(logits, backend):
-        return _fused(logits, labels, scale)
+        return _fused(logits, labels, scale, how.z_loss)
     losses, kept = token_losses(logits, labels, backend)
+    more, of_softmax = with_z_loss(how.z_loss, lambda: log_normalisers(logits, kept), scale)
     if needs_gradients:
-        token_loss_gradient(logits, labels, scale, kept, out=logits, backend=backend)
-    return losses
+        token_loss_gradient(logits, labels, scale, kept, softmax_scale=of_softmax, out=logits, backend=backend)
+    return losses + more
 
 
-def _fused(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+def with_z_loss(
+    z_loss: float, normalisers: Callable[[], Tensor], scale: Tensor
+) -> tuple[Tensor | float, Tensor | None]:
+    """What `z_loss` adds to each token's loss, and the softmax's scale in its gradient (None: the loss's own).
+
+    `normalisers()` are ln(sum of exp(logits)) of each token, `scale` the gradient of its loss.
+    """
+    if z_loss == 0.0:
+        return 0.0, None
+    found = normalisers()
+    return z_loss * found.square(), scale * (1.0 + 2.0 * z_loss * found)
+
+
+def _fused(logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float) -> Tensor:
     """Losses of a chunk; its logits become their gradient."""
     labels, losses = labels.contiguous(), torch.empty_like(scale)
     library.run(
@@ -196,6 +217,7 @@ def _fused(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         logits.shape[1],
         logits.shape[1],
         len(logits),
+        z_loss,
         address(scale),
         address(losses),
     )
@@ -206,14 +228,28 @@ def _fused(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
 
 
 def _library_forward(
-    x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None, scale: float, needs_x: bool, needs_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    z_loss: float,
+    needs_x: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    losses, dx, dweight = _chunks(x, weight, labels, mask, _How(scale, needs_x, needs_weight, None, "auto"))
+    losses, dx, dweight = _chunks(x, weight, labels, mask, _How(scale, z_loss, needs_x, needs_weight, None, "auto"))
     return losses.sum(dtype=torch.float64), losses, dx, dweight
 
 
 def _library_forward_like(
-    x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None, scale: float, needs_x: bool, needs_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    z_loss: float,
+    needs_x: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     losses = x.new_empty(labels.shape, dtype=accumulation_dtype(x.dtype))
     dx = torch.empty_like(x) if needs_x else x.new_empty(0)
@@ -221,15 +257,15 @@ def _library_forward_like(
 
 
 linear_cross_entropy_op = define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, Tensor? loss_mask, float gradient_scale, bool needs_x,"
-    " bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, Tensor? loss_mask, float gradient_scale, float z_loss,"
+    " bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _library_forward,
     _library_forward_like,
 )
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, ctx.scale, ctx.needs_x, ctx.needs_weight = inputs
+    *_, ctx.scale, _, ctx.needs_x, ctx.needs_weight = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
 
@@ -238,7 +274,7 @@ def _library_backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | No
     dx, dweight = ctx.saved_tensors
     factor = (dtotal / ctx.scale).to(accumulation_dtype(dx.dtype))
     made = dx * factor if ctx.needs_x else None, dweight * factor if ctx.needs_weight else None
-    return *made, None, None, None, None, None
+    return *made, None, None, None, None, None, None
 
 
 differentiate("linear_cross_entropy", _remember, _library_backward)
