@@ -73,10 +73,18 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("names", FAMILIES.values(), ids=FAMILIES)
+SIZES = ((1, 4, 1, "full", "fp32"), (2, 2, 2, "selective", "bf16"))
+
+
 @pytest.mark.parametrize(
-    ("data", "pipeline", "tensor", "recompute", "dtype"),
-    [(1, 4, 1, "full", "fp32"), (2, 2, 2, "selective", "bf16")],
+    ("names", "data", "pipeline", "tensor", "recompute", "dtype"),
+    [
+        pytest.param(
+            names, *size, id=f"{family} {size}", marks=[pytest.mark.slow] * (size == SIZES[1] and "zb_v" in names)
+        )
+        for family, names in FAMILIES.items()
+        for size in SIZES
+    ],
 )
 def test_bits_are_equal_across_schedules(
     names: tuple[str, ...], data: int, pipeline: int, tensor: int, recompute: str, dtype: str

@@ -25,7 +25,7 @@ PRELOAD = ("torch", "torch.distributed", "tests.faults.targets")
 CONSEQUENCE = "7 other ranks ended as a consequence of rank {}"
 # Twice in `make test`; `-m slow` runs the other 18.
 attempts = pytest.mark.parametrize(
-    "attempt", [pytest.param(n, marks=pytest.mark.slow if n >= 2 else ()) for n in range(20)]
+    "attempt", [pytest.param(n, marks=pytest.mark.slow if n >= 1 else ()) for n in range(20)]
 )
 
 

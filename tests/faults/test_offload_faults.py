@@ -139,7 +139,10 @@ def flip(file: Path) -> None:
             os.pwrite(content.fileno(), bytes([byte[0] ^ 1]), offset)
 
 
-@pytest.mark.parametrize(("damage", "word"), [(cut_short, "the file was cut short"), (flip, "came back changed")])
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [pytest.param(cut_short, "the file was cut short", marks=pytest.mark.slow), (flip, "came back changed")],
+)
 def test_damage_between_write_and_read(
     damage: Callable[[Path], None], word: str, tmp_path: Path, undisturbed: list[tuple[int, float, float]]
 ) -> None:
@@ -154,8 +157,12 @@ def test_damage_between_write_and_read(
     ("failpoint", "words"),
     [
         ("offload_write:1:{}:full", ("OffloadError: rank 1: offload file in", "cannot write", "ENOSPC", "nvme_path")),
-        ("offload_read:1:{}:full", ("OffloadError: rank 1: offload file in", "cannot read", "ENOSPC")),
-        ("offload_write:1:{}:kill", ("killed by SIGKILL",)),
+        pytest.param(
+            "offload_read:1:{}:full",
+            ("OffloadError: rank 1: offload file in", "cannot read", "ENOSPC"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("offload_write:1:{}:kill", ("killed by SIGKILL",), marks=pytest.mark.slow),
         ("offload_read:1:{}:kill", ("killed by SIGKILL",)),
     ],
 )

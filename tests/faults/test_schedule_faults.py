@@ -37,8 +37,17 @@ def places(report: str, lost: int) -> dict[int, str]:
     return {int(rank): text for rank, _, text in found}
 
 
-@pytest.mark.parametrize("kind", ["kill", "stop"])
-@pytest.mark.parametrize(("schedule", "action"), [("1f1b", "B2.3"), ("zb_h1", "F2.1"), ("zb_h1", "W2.5")])
+@pytest.mark.parametrize(
+    ("schedule", "action", "kind"),
+    [
+        ("1f1b", "B2.3", "kill"),
+        ("zb_h1", "F2.1", "kill"),
+        ("zb_h1", "W2.5", "kill"),
+        ("zb_h1", "W2.5", "stop"),
+        pytest.param("1f1b", "B2.3", "stop", marks=pytest.mark.slow),
+        pytest.param("zb_h1", "F2.1", "stop", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_is_lost_in_mid_schedule(tmp_path: Path, schedule: str, action: str, kind: str) -> None:
     """Rank 2 of 4 dies, or stops answering, before one of its computations in the third step."""
     fault = {"kind": kind, "rank": 2, "step": 3, "action": action}

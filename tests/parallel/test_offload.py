@@ -18,8 +18,10 @@ def cell(data: int = 2, zero: int = 3, **more: Any) -> Cell:
     return Cell(data=data, microbatches=2, zero=zero, **more)
 
 
-@pytest.mark.parametrize("data", [1, 2])
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("zero", "data"),
+    [(1, 1), (2, 2), (3, 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, 2), (2, 1), (3, 1)))],
+)
 def test_every_pair_of_tiers(zero: int, data: int, tmp_path: Path) -> None:
     plain = content(cell(data, zero))
     others = {
@@ -50,7 +52,7 @@ DETAILS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_details(zero: int, tmp_path: Path) -> None:
     plain = content(cell(zero=zero), "bf16")
     param = "nvme" if zero == 3 else "none"
@@ -63,7 +65,7 @@ def test_details(zero: int, tmp_path: Path) -> None:
             assert {place.weights for place in result["some in host memory"].placements[0]} == {Tier.HOST, Tier.DISK}
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp64"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", pytest.param("fp64", marks=pytest.mark.slow)])
 def test_dtypes(dtype: str, tmp_path: Path) -> None:
     for zero, kinds in ((1, ("cpu none", "nvme none", "auto none")), (3, ("cpu cpu", "nvme nvme", "auto auto"))):
         plain = content(cell(zero=zero), dtype)
@@ -98,7 +100,7 @@ def test_tensor_ranks_with_parts_of_unequal_size(tmp_path: Path) -> None:
     assert_same_bits(plain, others)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_postvalidation(dtype: str, tmp_path: Path) -> None:
     """Steps that are taken back lie in host memory, also after "auto" brought some of them up."""
     plain = content(cell(zero=3, pipeline=2), dtype)

@@ -110,7 +110,7 @@ def same_as_gloo(rank: int, world_size: int, is_small: bool) -> int:
 
 
 @pytest.mark.parametrize("is_small", [False, True])
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_same_bits_as_gloo(world_size: int, is_small: bool) -> None:
     assert len(set(run_ranks(world_size, same_as_gloo, is_small, timeout_s=120))) == 1
 
@@ -318,7 +318,7 @@ def lost(rank: int, world_size: int, how: str, kind: int) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_silent_rank_is_named(world_size: int, kind: int) -> None:
     for rank, (text, seconds) in enumerate(run_ranks(world_size, lost, "hangs", kind)):
         assert rank == 1 or (text == "timed out waiting 1.5 s for rank 1 (dp)" and 1.4 < seconds < 2.8), (text, seconds)
