@@ -46,16 +46,24 @@ inline A row_sum(int64_t n, F&& term) {
     return trilith::TRILITH_ISA::sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// One row; `row_sum` is a row of memory for the sum with the residual, `next` what is read after this row.
+// What a row is summed for first: its numbers for their mean, or, of RMSNorm, at once their squares.
+template <bool is_rms, class V>
+inline V first_term(V x) {
+    return is_rms ? x * x : x;
+}
+
+// One row, whose first terms sum to `total`; `next` is what is read after this row.
 template <class T, bool is_rms, class Row>
 void norm_row(const Forward<T>& op, int64_t row, const Row* x, wide_t<T> total, const T* next, const T* next_residual) {
     using A = wide_t<T>;
     const int64_t n = op.width;
     const A mean = is_rms ? A(0) : total / static_cast<A>(n);
-    const A squares = row_sum<A>(n, [&](int64_t i, int64_t count) {
-        Vec<A> centred = load_some(x + i, count) - mean;
-        return centred * centred;
-    });
+    A squares = total;
+    if constexpr (!is_rms)
+        squares = row_sum<A>(n, [&](int64_t i, int64_t count) {
+            Vec<A> centred = load_some(x + i, count) - mean;
+            return centred * centred;
+        });
     const A rstd = 1 / std::sqrt(squares / static_cast<A>(n) + op.eps);
     if constexpr (!is_rms) op.mean[row] = mean;
     op.rstd[row] = rstd;
@@ -80,7 +88,7 @@ void forward_rows(const Forward<T>& op, int64_t begin, int64_t end) {
         const T* x = op.x + row * n;
         const T* next = row + 1 < end ? x + n : nullptr;
         if (!op.residual) {
-            const A total = is_rms ? A(0) : row_sum<A>(n, [&](int64_t i, int64_t count) { return load_some(x + i, count); });
+            const A total = row_sum<A>(n, [&](int64_t i, int64_t count) { return first_term<is_rms>(load_some(x + i, count)); });
             norm_row<T, is_rms>(op, row, x, total, next, nullptr);
             continue;
         }
@@ -94,7 +102,7 @@ void forward_rows(const Forward<T>& op, int64_t begin, int64_t end) {
                 put(sum + i, value, count);
                 value = rounded<T>(value);
                 store_some(held + i, value, count);
-                return value;
+                return first_term<is_rms>(value);
             });
         });
         norm_row<T, is_rms>(op, row, held, total, next, next ? residual + n : nullptr);
