@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "common/curves.h"
+#include "common/kinds.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "cpu/kernels.h"
@@ -17,8 +18,6 @@ namespace {
 
 constexpr int64_t kGrain = 1024;            // pieces of flat tensors begin at multiples, which keeps them aligned
 constexpr int64_t kComputeBytes = 4;        // a byte takes as long as so many that are only moved
-
-enum Kind { kGelu = 0, kGeluTanh = 1, kSilu = 2 };
 
 template <class G>
 struct ValueAndSlope {
@@ -67,15 +66,6 @@ TRILITH_INLINE void each_evaluated(int64_t n, F&& argument, G&& use) {
         const auto at = evaluate<kind>(x);
         use(i + offset, count, at.value.part[0], at.slope.part[0]);
     });
-}
-
-template <class F>
-void with_kind(int kind, F&& f) {
-    switch (kind) {
-        case kGelu: f(std::integral_constant<int, kGelu>()); break;
-        case kGeluTanh: f(std::integral_constant<int, kGeluTanh>()); break;
-        default: f(std::integral_constant<int, kSilu>()); break;
-    }
 }
 
 template <class T, int kind>

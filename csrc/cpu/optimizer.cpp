@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "common/slices.h"
 #include "common/vec.h"
 #include "cpu/kernels.h"
 
@@ -59,16 +60,6 @@ inline void store_state(bf16* p, vf v, vf weight, vf gradient, uint32_t salt, in
 }
 
 // --- one pass over all slices -------------------------------------------------------------------------------------------
-
-struct Slice {
-    Address parameter, gradient, states[2], weight;
-    int64_t numel;
-};
-static_assert(sizeof(Slice) == 6 * 8, "a row of the caller's table");
-
-struct Multipliers {
-    double lr, decay;
-};
 
 constexpr int64_t kBlock = 1024, kLineBytes = 64;
 
@@ -174,12 +165,7 @@ void with_dtypes(int parameter, int gradient, int state, F&& f) {
 
 // --- the rules ----------------------------------------------------------------------------------------------------------
 
-// What changes from step to step, as it lies in memory.
-struct Step {
-    double lr, clip_factor, loss_scale, correction1, correction2, is_first;
-    double scale() const { return clip_factor / loss_scale; }
-};
-static_assert(sizeof(Step) == 6 * 8, "the caller's array");
+inline double scale_of(const Step& now) { return now.clip_factor / now.loss_scale; }
 
 // average + (1 - beta) (value - average), from the end that is nearer.
 template <class A>
@@ -288,12 +274,7 @@ double squares_of_part(const T* p, int64_t n) {
     return sum(sums[0]);
 }
 
-struct Run {
-    Address address;
-    int64_t numel;
-    int64_t parts() const { return (numel + kSquaresPerPart - 1) / kSquaresPerPart; }
-};
-static_assert(sizeof(Run) == 2 * 8, "a row of the caller's table");
+inline int64_t parts_of(const Run& run) { return (run.numel + kSquaresPerPart - 1) / kSquaresPerPart; }
 
 }  // namespace
 
@@ -310,7 +291,7 @@ void adam(int dtype, int gradient_dtype, int state_dtype, int weight_dtype, Addr
             const double root = std::sqrt(now.correction2), lr = now.lr * group.lr, decay = weight_decay * group.decay;
             return AdamRule<A>{Average<A>(beta1),
                                Average<A>(beta2),
-                               static_cast<A>(now.scale()),
+                               static_cast<A>(scale_of(now)),
                                static_cast<A>(decay),
                                static_cast<A>(lr * decay),
                                static_cast<A>(lr * root / now.correction1),
@@ -331,7 +312,7 @@ void lion(int dtype, int gradient_dtype, int state_dtype, int weight_dtype, Addr
         using A = typename decltype(p)::type;
         update_all<A, typename decltype(g)::type, typename decltype(m)::type>(update, [&](Multipliers group) {
             const double lr = now.lr * group.lr;
-            return LionRule<A>{Average<A>(beta1), Average<A>(beta2), static_cast<A>(now.scale()),
+            return LionRule<A>{Average<A>(beta1), Average<A>(beta2), static_cast<A>(scale_of(now)),
                                static_cast<A>(lr * weight_decay * group.decay), static_cast<A>(lr)};
         });
     });
@@ -351,7 +332,7 @@ void sgd(int dtype, int gradient_dtype, int state_dtype, int weight_dtype, Addre
             update_all<A, G, M>(update, [&](Multipliers group) {
                 const double decay = weight_decay * group.decay;
                 return SgdRule<A, decltype(has_momentum)::value>{
-                    static_cast<A>(now.scale()),  static_cast<A>(decay),         static_cast<A>(now.lr * group.lr),
+                    static_cast<A>(scale_of(now)),  static_cast<A>(decay),         static_cast<A>(now.lr * group.lr),
                     static_cast<A>(momentum),     static_cast<A>(1 - dampening), decay != 0,
                     is_nesterov,                  now.is_first != 0};
             });
@@ -363,14 +344,14 @@ void sgd(int dtype, int gradient_dtype, int state_dtype, int weight_dtype, Addre
 void sum_of_squares(int dtype, Address runs, int64_t count, Address total, int threads) {
     const Run* const all = (const Run*)runs;
     int64_t num_parts = 0, numel = 0;
-    for (int64_t r = 0; r < count; ++r) num_parts += all[r].parts(), numel += all[r].numel;
+    for (int64_t r = 0; r < count; ++r) num_parts += parts_of(all[r]), numel += all[r].numel;
     std::vector<double> sums(static_cast<size_t>(num_parts));
     with_dtype(static_cast<DType>(dtype), [&](auto tag) {
         using T = typename decltype(tag)::type;
         for_each_piece(num_parts, useful_threads(threads, numel * (int64_t)sizeof(T)), 1, [&](int64_t begin, int64_t end) {
             int64_t at = 0;
-            for (int64_t r = 0; r < count && at < end; at += all[r++].parts()) {
-                const int64_t last = std::min(end - at, all[r].parts());
+            for (int64_t r = 0; r < count && at < end; at += parts_of(all[r++])) {
+                const int64_t last = std::min(end - at, parts_of(all[r]));
                 for (int64_t part = std::max<int64_t>(begin - at, 0); part < last; ++part) {
                     const int64_t first = part * kSquaresPerPart, size = std::min(all[r].numel - first, kSquaresPerPart);
                     sums[static_cast<size_t>(at + part)] = squares_of_part((const T*)all[r].address + first, size);

@@ -5,6 +5,7 @@
 // inputs are kept: backward computes the function again. A thread has packs of 16 bytes; several are under way before the first
 // is used. Where the gradient of a bias is wanted, threads keep columns and go down rows (columns.h). A Philox call decides for
 // eight neighbours, which is one pack of a 16-bit format or two of fp32.
+#include "common/kinds.h"
 #include "cuda/columns.h"
 #include "cuda/ops.h"
 #include "cuda/philox.h"
@@ -12,8 +13,6 @@
 namespace trilith::cuda {
 
 namespace {
-
-enum Kind { kGelu = 0, kGeluTanh = 1, kSilu = 2 };
 
 struct ValueAndSlope {
     float value, slope;
@@ -36,15 +35,6 @@ __device__ __forceinline__ ValueAndSlope evaluate(float x) {
         const float reached = x < -far ? 0.0f : sigmoid, value = x * reached;
         const float steepness = is_tanh ? fmaf(square, 3.0f * b, a) : 1.0f;
         return {value, fmaf(value * rest, steepness, reached)};
-    }
-}
-
-template <class F>
-void with_kind(int kind, F&& f) {
-    switch (kind) {
-        case kGelu: f(std::integral_constant<int, kGelu>()); break;
-        case kGeluTanh: f(std::integral_constant<int, kGeluTanh>()); break;
-        default: f(std::integral_constant<int, kSilu>()); break;
     }
 }
 

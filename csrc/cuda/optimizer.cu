@@ -8,6 +8,7 @@
 // stays right. Nothing is contracted here (csrc/build.py): the bits of weights and states are those of csrc/cpu/optimizer.cpp.
 #include <algorithm>
 
+#include "common/slices.h"
 #include "cuda/device.h"
 #include "cuda/ops.h"
 #include "cuda/plan.h"
@@ -16,20 +17,7 @@ namespace trilith::cuda {
 
 namespace {
 
-struct Slice {
-    Address parameter, gradient, states[2], weight;
-    int64_t numel;
-};
-static_assert(sizeof(Slice) == 6 * 8, "a row of the caller's table");
-
-struct Multipliers {
-    double lr, decay;
-};
-struct Step {
-    double lr, clip_factor, loss_scale, correction1, correction2, is_first;
-    __device__ double scale() const { return clip_factor / loss_scale; }
-};
-static_assert(sizeof(Step) == 6 * 8, "the caller's array");
+__device__ __forceinline__ double scale_of(const Step& now) { return now.clip_factor / now.loss_scale; }
 
 constexpr int kThreads = 256, kLanes4 = 4;
 constexpr int64_t kChunk = 16384;
@@ -60,7 +48,7 @@ struct AdamRule {
     __device__ AdamRule(const Given& given, const Step& now, const Multipliers& group) : mean(given.beta1), square(given.beta2) {
         // m / c1 / (sqrt(v / c2) + eps), with the corrections taken out of the loop
         const double root = sqrt(now.correction2), lr = now.lr * group.lr, reduction = given.weight_decay * group.decay;
-        scale = float(now.scale());
+        scale = float(scale_of(now));
         l2 = float(reduction), decay = float(lr * reduction);
         size = float(lr * root / now.correction1), eps = float(given.eps * root);
         has_l2 = !given.is_decoupled && reduction != 0, has_decay = given.is_decoupled && reduction != 0;
@@ -89,7 +77,7 @@ struct LionRule {
     __device__ LionRule(const Given& given, const Step& now, const Multipliers& group)
         : direction(given.beta1), mean(given.beta2) {
         const double lr = now.lr * group.lr;
-        scale = float(now.scale()), decay = float(lr * given.weight_decay * group.decay), size = float(lr);
+        scale = float(scale_of(now)), decay = float(lr * given.weight_decay * group.decay), size = float(lr);
     }
     __device__ __forceinline__ void operator()(float& p, float g, float& m, float&) const {
         g *= scale;
@@ -113,7 +101,7 @@ struct SgdRule {
 
     __device__ SgdRule(const Given& given, const Step& now, const Multipliers& group) {
         const double reduction = given.weight_decay * group.decay;
-        scale = float(now.scale()), l2 = float(reduction), lr = float(now.lr * group.lr);
+        scale = float(scale_of(now)), l2 = float(reduction), lr = float(now.lr * group.lr);
         momentum = float(given.momentum), fresh = float(1 - given.dampening);
         has_l2 = reduction != 0, is_nesterov = given.is_nesterov, is_first = now.is_first != 0;
     }
@@ -263,12 +251,6 @@ void launch(const Call& call, const typename Rule::Given& given, const char* wha
 }
 
 // --- sum of squares -------------------------------------------------------------------------------------------------------
-
-struct Run {
-    Address address;
-    int64_t numel;
-};
-static_assert(sizeof(Run) == 2 * 8, "a row of the caller's table");
 
 constexpr int kSquareThreads = 256;
 
