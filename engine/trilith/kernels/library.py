@@ -103,12 +103,15 @@ def run(op: str, first: Tensor, *arguments: Any, scratch: tuple[int, ...] | None
     if device.type == "cpu":
         getattr(CPU, op)(*arguments, torch.get_num_threads())
         return
-    with torch.cuda.device(device):
-        if scratch is not None:
-            num_bytes = getattr(CUDA, f"{op}_workspace")(*scratch)
-            # Freed before the kernel has run, and given only to what runs on the same stream behind it.
-            arguments += (torch.empty(num_bytes, dtype=torch.uint8, device=device).data_ptr(),)
-        getattr(CUDA, op)(*arguments, torch.cuda.current_stream(device).cuda_stream)
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(op, first, *arguments, scratch=scratch)
+        return
+    if scratch is not None:
+        num_bytes = getattr(CUDA, f"{op}_workspace")(*scratch)
+        # Freed before the kernel has run, and given only to what runs on the same stream behind it.
+        arguments += (torch.empty(num_bytes, dtype=torch.uint8, device=device).data_ptr(),)
+    getattr(CUDA, op)(*arguments, torch.cuda.current_stream(device).cuda_stream)
 
 
 def is_traced(x: Tensor) -> bool:
