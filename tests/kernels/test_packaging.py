@@ -69,6 +69,20 @@ def test_without_a_compiler(tmp_path: Path, required: bool) -> None:
         assert [line for line in done.stderr.splitlines() if NOTICE in line] == done.stderr.splitlines(), done.stderr
 
 
+@pytest.mark.parametrize("required", [False, True])
+def test_without_nvcc(tmp_path: Path, required: bool) -> None:
+    """The CUDA kernels are asked for and cannot be built: the same, and the others are built all the same."""
+    wanted = {"TRILITH_CUDA": "1", "CUDA_HOME": str(tmp_path), "TRILITH_REQUIRE_KERNELS": str(int(required))}
+    prelude = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import csrc.build
+csrc.build.build_library = lambda target, *rest: print("built", target.name.split(".")[0])"""
+    done = build(tmp_path, wanted, prelude)
+    assert done.stdout.split() == ["built", "_kernels"], done.stdout
+    assert "CUDA kernels were not built" in done.stderr and f"no nvcc in CUDA_HOME {tmp_path}" in done.stderr, (
+        done.stderr
+    )
+    assert (done.returncode != 0) == required
+
+
 def test_a_compiler_that_fails(tmp_path: Path) -> None:
     """Its output, then the same line."""
     broken = tmp_path / "broken"
