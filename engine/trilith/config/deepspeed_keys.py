@@ -417,6 +417,7 @@ METHODS = (
         *("ignore_non_elastic_batch_info", "num_gpus_per_node", "model_parallel_size", "version"),
     ),
     _refuse("compile.kwargs", "options of the backend are not passed on", "Use compile.mode.", (None, {})),
+    _refuse("compile.deepcompile", "collectives are not compiled", "Use compile.enabled.", (False, None)),
     _refuse_block("autotuning", "tuning by trial runs is not supported", "Use `trilith check` to compare layouts."),
     _refuse_block("data_efficiency", _HYPER, "Remove it."),
     _refuse_block("curriculum_learning", _HYPER, "Remove it; model.sequence_length is fixed."),
