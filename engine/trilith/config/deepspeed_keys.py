@@ -418,6 +418,7 @@ METHODS = (
     ),
     _refuse("compile.kwargs", "options of the backend are not passed on", "Use compile.mode.", (None, {})),
     _refuse("compile.deepcompile", "collectives are not compiled", "Use compile.enabled.", (False, None)),
+    _refuse("compile.passes", "they belong to compile.deepcompile", "Use compile.enabled.", (None, [])),
     _refuse_block("autotuning", "tuning by trial runs is not supported", "Use `trilith check` to compare layouts."),
     _refuse_block("data_efficiency", _HYPER, "Remove it."),
     _refuse_block("curriculum_learning", _HYPER, "Remove it; model.sequence_length is fixed."),
