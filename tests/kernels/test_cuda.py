@@ -95,8 +95,8 @@ WIDTHS = (1, 7, 8, 64, 72, 130, 256, 512, 1000, 1024, 2048, 4096, 8192, 8200)
 @pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms", "add layer", "add rms"])
 def test_norms(kind: str, width: int, dtype: torch.dtype, device: Device) -> None:
     rows = 41 if width <= 256 else 7 if width <= 2048 else 2
-    if width > 2048 and kind not in ("add layer", "rms"):
-        pytest.skip("the widest rows in two kinds: the emulator takes long")
+    if kind != "add layer" and width not in (7, 64, 512, *((8192,) if kind == "rms" else ())):
+        pytest.skip("every width in one kind, some in all: the emulator takes long")
     x, residual = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype, seed=1)
     weight, bias = random(width, dtype=dtype, seed=2), random(width, dtype=dtype, seed=3)
     backend, eps = device.backend, 1e-5
