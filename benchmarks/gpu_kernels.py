@@ -124,8 +124,7 @@ def losses(cases: Cases) -> None:
     losses = torch.empty(tokens, device="cuda")
 
     def fused(table: Tensor) -> None:
-        sizes = vocab, len(table)
-        where = (table.data_ptr(), vocab, labels.data_ptr(), 0, sizes[0], *sizes, 0.0)
+        where = (table.data_ptr(), vocab, labels.data_ptr(), 0, vocab, vocab, len(table), 0.0)
         library.run("cross_entropy_fused", table, library.DTYPES[DTYPE], *where, scale.data_ptr(), losses.data_ptr())
 
     few = logits[:256].clone()

@@ -130,6 +130,7 @@ def _backward(
     """Gradients of x and of bias (empty without one)."""
     dy, x, width = dy.contiguous(), x.contiguous(), x.shape[-1] if x.dim() else 1
     bias = None if bias is None else bias.contiguous()
+    rows = x.numel() // width if width else 0
     dx = dy if owns_gradient else torch.empty_like(x)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     library.run(
@@ -142,9 +143,9 @@ def _backward(
         address(bias),
         dx.data_ptr(),
         dbias.data_ptr(),
-        x.numel() // width if width else 0,
+        rows,
         width,
-        scratch=(x.numel() // width if width else 0, width),
+        scratch=(rows, width),
     )
     return dx, dbias
 

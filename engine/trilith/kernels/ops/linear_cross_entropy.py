@@ -242,15 +242,9 @@ def _library_forward(
 
 
 def _library_forward_like(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    z_loss: float,
-    needs_x: bool,
-    needs_weight: bool,
+    x: Tensor, weight: Tensor, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, needs_x, needs_weight = rest
     losses = x.new_empty(labels.shape, dtype=accumulation_dtype(x.dtype))
     dx = torch.empty_like(x) if needs_x else x.new_empty(0)
     return losses.new_empty((), dtype=torch.float64), losses, dx, weight.new_empty(weight.shape if needs_weight else 0)

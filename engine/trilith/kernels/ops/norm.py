@@ -131,6 +131,7 @@ def _backward(
     dtotal = None if dtotal is None else dtotal.contiguous()
     dx, dweight, dbias = _backward_like(dy, dtotal, x, weight, mean, rstd, has_bias, is_rms)
     width = x.shape[-1]
+    rows = x.numel() // width if width else 0
     library.run(
         "norm_backward",
         x,
@@ -144,9 +145,9 @@ def _backward(
         dx.data_ptr(),
         dweight.data_ptr(),
         dbias.data_ptr() if has_bias else 0,
-        x.numel() // width if width else 0,
+        rows,
         width,
-        scratch=(x.numel() // width if width else 0, width),
+        scratch=(rows, width),
     )
     return dx, dweight, dbias
 
