@@ -53,16 +53,19 @@ def cuda_refusal(device: int) -> str:
     return CUDA_MISSING if CUDA is None else str(CUDA.why_not(device))
 
 
+def refusal(device: torch.device) -> str:
+    """Why there are no native kernels for a CPU or CUDA device; empty if there are."""
+    if device.type == "cuda":
+        return cuda_refusal(device.index)
+    return "" if CPU is not None else MISSING or "the native library is switched off"
+
+
 def serves(first: Tensor, *others: Tensor | None, on_cuda: bool = True) -> bool:
     """Whether the native ops take these tensors: of one floating-point dtype, on the CPU, or, `on_cuda` and not fp64, on
     one CUDA device."""
     dtype, device = first.dtype, first.device
-    if dtype not in DTYPES:
-        return False
-    if device.type == "cpu":
-        if CPU is None:
-            return False
-    elif not on_cuda or device.type != "cuda" or dtype == torch.float64 or cuda_refusal(device.index):
+    is_takeable = device.type == "cpu" or (on_cuda and device.type == "cuda" and dtype != torch.float64)
+    if dtype not in DTYPES or not is_takeable or refusal(device):
         return False
     return all(other is None or (other.dtype == dtype and other.device == device) for other in others)
 
@@ -84,10 +87,8 @@ def takes(op: str, backend: str, first: Tensor, *others: Tensor | None, on_cuda:
 def why_not(first: Tensor, *others: Tensor | None, on_cuda: bool = True) -> str:
     """Why `serves` is False."""
     device = first.device
-    if device.type == "cpu" and CPU is None:
-        return MISSING
-    if device.type == "cuda" and on_cuda and cuda_refusal(device.index):
-        return cuda_refusal(device.index)
+    if (device.type == "cpu" or (on_cuda and device.type == "cuda")) and refusal(device):
+        return refusal(device)
     tensors = [first, *(other for other in others if other is not None)]
     described = ", ".join(f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors)
     cuda = " or, but for fp64, CUDA" if on_cuda else ""

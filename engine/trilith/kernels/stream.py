@@ -92,10 +92,8 @@ def _is_native(backend: str, *tensors: Tensor, on_cuda: bool = False) -> bool:
     device = tensors[0].device
     if backend not in ("auto", "fused") or not library.is_trusted(device, backend):
         return False
-    has_kernels = library.CPU is not None if device.type == "cpu" else on_cuda and device.type == "cuda"
-    if device.type == "cuda" and has_kernels:
-        has_kernels = not library.cuda_refusal(device.index)
-    if has_kernels and not any(x.device != device or is_traced(x) for x in tensors):
+    is_takeable = device.type == "cpu" or (on_cuda and device.type == "cuda")
+    if is_takeable and not library.refusal(device) and not any(x.device != device or is_traced(x) for x in tensors):
         return True
     if backend == "fused":
         devices = sorted({str(x.device) for x in tensors})

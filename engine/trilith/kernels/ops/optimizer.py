@@ -170,10 +170,7 @@ def _chosen(first: Tensor, backend: str, reference: Any, op: Any, native: Any) -
 def _refusal(parameter: Tensor, gradient: Tensor, states: Sequence[Tensor], weight: Tensor | None) -> str:
     """Why the native optimizers do not take tensors like these; empty if they do."""
     device = parameter.device
-    if device.type == "cuda":
-        reason = library.cuda_refusal(device.index)
-    else:
-        reason = "" if library.CPU is not None else library.MISSING or "the native library is switched off"
+    reason = library.refusal(device)
     if reason:
         return reason
     named = [("parameter", parameter), ("gradient", gradient), *(("state", state) for state in states)]
