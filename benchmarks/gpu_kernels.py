@@ -203,6 +203,7 @@ def updates(cases: Cases) -> None:
     first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
     weight = torch.empty(numel, device="cuda", dtype=DTYPE)
     multipliers = torch.ones(1, 2, dtype=torch.float64)
+    slices = optimizer.Slices([parameter], [gradient], ([first], [second]), [weight], multipliers)
     theirs = nn.Parameter(parameter.clone())
     theirs.grad = gradient
     plain = torch.optim.AdamW([theirs], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
@@ -211,11 +212,9 @@ def updates(cases: Cases) -> None:
     def ours() -> None:
         nonlocal steps
         steps += 1
-        squares = optimizer.sum_of_squares([gradient])
-        step = optimizer.step_values(LR, step=steps, betas=BETAS).to("cuda", non_blocking=True)
-        library.run("clip_step", gradient, squares.data_ptr(), step.data_ptr(), 0, 1.0)
-        lists = ([parameter], [gradient], [first], [second], [weight])
-        optimizer.adam(*lists, multipliers, step, *BETAS, EPS, DECAY)
+        clipping = optimizer.Clipping(optimizer.sum_of_squares([gradient]), loss_scale=1.0, max_norm=1.0)
+        step = optimizer.step_values(LR, grad_scale=clipping, step=steps, betas=BETAS)
+        optimizer.adam(slices, step, *BETAS, EPS, DECAY)
 
     def torchs() -> None:
         torch.nn.utils.clip_grad_norm_([theirs], 1.0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -204,3 +205,43 @@ def kept_on_device(one: Trace) -> int:
 def left_in(directory: Path) -> list[Path]:
     """Files that something left."""
     return list(directory.iterdir())
+
+
+def compared_on_the_way(rank: int, world_size: int, plain: dict[str, Any], source: dict[str, Any]) -> list[str]:
+    """What differs between one rank's run of `plain` and that of `source`, whose weights are rounded on their way up, as
+    from the page-locked memory of a machine with a GPU."""
+    expected = trained(rank, world_size, plain)
+    trainer = Trainer(preflight.plan(source, world_size=world_size), Place(rank, world_size))
+    model = trainer.model
+    for unit in model.units:
+        unit.rounded = torch.full_like(unit.own_weight, torch.nan)
+    model.optimizer.rebind(model.partitions())
+    try:
+        return trace(trainer, source["training"]["steps"]).differences(expected)
+    finally:
+        trainer.close()
+
+
+def clipped_late(rank: int, world_size: int, source: dict[str, Any]) -> list[str]:
+    """What differs where the update is queued before the norm is read, as on a GPU: by more than the factor's rounding."""
+    expected = trained(rank, world_size, source)
+    trainer = Trainer(preflight.plan(source, world_size=world_size), Place(rank, world_size))
+    model = trainer.model
+    model._clips_where_it_lies = lambda: model.optimizer.clips(model.offload.groups[0])  # type: ignore[method-assign]
+    try:
+        found = trace(trainer, source["training"]["steps"])
+    finally:
+        trainer.close()
+    different = [
+        f"step {i}: {ours} beside {theirs}"
+        for i, (ours, theirs) in enumerate(zip(found.steps, expected.steps, strict=True))
+        if ours[2:] != theirs[2:] or ours[:2] != pytest.approx(theirs[:2], rel=1e-12)
+    ]
+    return [
+        *different,
+        *(
+            name
+            for name, x in found.states.items()
+            if not torch.allclose(x, expected.states[name], rtol=1e-9, atol=1e-12)
+        ),
+    ]

@@ -44,8 +44,9 @@ class State:
         """One native pass; gradients times `factor`."""
         self.num_steps += 1
         step = optimizer.step_values(LR, grad_scale=1.0 / factor, step=self.num_steps, betas=BETAS)
-        lists = ([self.parameter], [self.gradient], [self.first], [self.second], weights)
-        optimizer.adam(*lists, self.multipliers, step, *BETAS, EPS, DECAY)
+        states = ([self.first], [self.second])
+        slices = optimizer.Slices([self.parameter], [self.gradient], states, weights, self.multipliers)
+        optimizer.adam(slices, step, *BETAS, EPS, DECAY)
 
     def native_step(self) -> None:
         """The norm, then everything else in one pass."""

@@ -404,15 +404,15 @@ def test_optimizers_have_the_bits_of_the_processor(
                 tensor[start + shift : start + shift + n] for (start, n, _), shift in zip(slices, shifts, strict=True)
             ]
             lists.append(parts if name != "weights" or has_weights else [])
-        rest = (multipliers, step)
+        p, g, *states, weights = lists
+        given = optimizer.Slices(p, g, states, weights, multipliers)
         if kind in ("adam", "adamw"):
-            optimizer.adam(*lists, *rest, 0.9, 0.95, 1e-8, 0.1, kind == "adamw", has_weights)
+            optimizer.adam(given, step, 0.9, 0.95, 1e-8, 0.1, kind == "adamw", has_weights)
         elif kind == "lion":
-            optimizer.lion(*lists, *rest, 0.9, 0.95, 0.1, has_weights)
+            optimizer.lion(given, step, 0.9, 0.95, 0.1, has_weights)
         else:
-            held = lists if num_states else [*lists[:2], [], lists[2]]
             momentum = 0.0 if kind == "plain sgd" else 0.9
-            optimizer.sgd(*held, *rest, momentum, 0.1, 0.1, kind == "nesterov", has_weights)
+            optimizer.sgd(given, step, momentum, 0.1, 0.1, kind == "nesterov", has_weights)
         return {name: tensor.cpu() for name, tensor in made.items()}
 
     for has_weights in (False, True):

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.kernels.native import SETS, native, use
 from trilith.errors import KernelError
 from trilith.kernels.ops import optimizer
+from trilith.kernels.ops.optimizer import Slices
 
 pytestmark = native
 BETAS, EPS, DECAY, LR = (0.9, 0.999), 1e-8, 0.1, 1e-2
@@ -57,18 +58,17 @@ def fill(shard: Shard, step: int, scale: float = 1.0) -> None:
 def update(kind: str, shard: Shard, step: int, scale: float = 1.0, **more: Any) -> None:
     """One step, every slice with its own multipliers where there are several."""
     multipliers = torch.tensor([[1.0 / (i + 1), 1.0 - i] for i in range(len(shard.parameters))], dtype=torch.float64)
-    lists, numbers = (shard.parameters, shard.gradients, *shard.states), (shard.weights, multipliers)
+    slices = Slices(shard.parameters, shard.gradients, shard.states, shard.weights, multipliers)
     betas = BETAS if kind in ("adam", "adamw") else None
     now = optimizer.step_values(LR, grad_scale=scale, step=step, betas=betas)
     if betas:
-        optimizer.adam(*lists, *numbers, now, *BETAS, EPS, DECAY, kind == "adamw", **more)
+        optimizer.adam(slices, now, *BETAS, EPS, DECAY, kind == "adamw", **more)
     elif kind == "lion":
-        optimizer.lion(*lists, *numbers, now, *BETAS, DECAY, **more)
+        optimizer.lion(slices, now, *BETAS, DECAY, **more)
     else:
         momentum = 0.0 if kind == "plain sgd" else 0.9
-        buffers = shard.states[0] if shard.states else []
         dampening = 0.2 if kind == "sgd" else 0.0
-        optimizer.sgd(*lists[:2], buffers, *numbers, now, momentum, dampening, DECAY, kind == "nesterov", **more)
+        optimizer.sgd(slices, now, momentum, dampening, DECAY, kind == "nesterov", **more)
 
 
 def torch_update(kind: str, shard: Shard, step: int) -> None:
@@ -218,11 +218,11 @@ def test_slices_of_one_call_are_those_of_many() -> None:
     fill(alone, 1)
     multipliers = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.5, 2.0], [3.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     step = optimizer.step_values(LR, step=1, betas=BETAS)
-    lists = (together.parameters, together.gradients, *together.states)
-    optimizer.adam(*lists, [], multipliers, step, *BETAS, EPS, DECAY)
+    slices = Slices(together.parameters, together.gradients, together.states, [], multipliers)
+    optimizer.adam(slices, step, *BETAS, EPS, DECAY)
     for i in range(len(sizes)):
-        one = [[x[i]] for x in (alone.parameters, alone.gradients, *alone.states)]
-        optimizer.adam(*one, [], multipliers[i : i + 1], step, *BETAS, EPS, DECAY)
+        p, g, *states = [[x[i]] for x in (alone.parameters, alone.gradients, *alone.states)]
+        optimizer.adam(Slices(p, g, states, [], multipliers[i : i + 1]), step, *BETAS, EPS, DECAY)
     assert all(torch.equal(a, b) for a, b in zip(bits(together), bits(alone), strict=True))
 
 
@@ -305,9 +305,9 @@ def test_refusals() -> None:
     with pytest.raises(KernelError, match="bf16 beside fp32"):
         stepped(states=[eights, [t.double() for t in eights]])
     with pytest.raises(KernelError, match="multipliers"):
-        optimizer.lion(eights, eights, eights, [], torch.ones(2), optimizer.step_values(LR), *BETAS, DECAY)
+        optimizer.lion(Slices(eights, eights, [eights], [], torch.ones(2)), optimizer.step_values(LR), *BETAS, DECAY)
     with pytest.raises(KernelError, match="step"):
-        optimizer.lion(eights, eights, eights, [], torch.ones(2, 2).double(), torch.ones(6), *BETAS, DECAY)
+        optimizer.lion(Slices(eights, eights, [eights], [], torch.ones(2, 2).double()), torch.ones(6), *BETAS, DECAY)
     assert not optimizer.is_native(eights[0], eights[0], backend="torch")
     with pytest.raises(KernelError, match="fused"):
         optimizer.is_native(eights[0].half(), eights[0], backend="fused")
@@ -320,6 +320,11 @@ def library_arguments(kind: str) -> tuple[Any, ...]:
     return (shard.parameters, shard.gradients, *shard.states, shard.weights, multipliers, step)
 
 
+def from_lists(p: list[Tensor], g: list[Tensor], *rest: Any) -> tuple[Slices, Tensor]:
+    *states, weights, multipliers, step = rest
+    return Slices(p, g, states, weights, multipliers), step
+
+
 def test_opcheck() -> None:
     torch.library.opcheck(optimizer.adam_op, (*library_arguments("adamw"), *BETAS, EPS, DECAY, True, False))
     torch.library.opcheck(optimizer.lion_op, (*library_arguments("lion"), *BETAS, DECAY, True))
@@ -329,14 +334,14 @@ def test_opcheck() -> None:
 
 def test_meta() -> None:
     on_meta = [[t.to("meta") for t in x] if isinstance(x, list) else x.to("meta") for x in library_arguments("adamw")]
-    optimizer.adam(*on_meta, *BETAS, EPS, DECAY)
+    optimizer.adam(*from_lists(*on_meta), *BETAS, EPS, DECAY)
     assert optimizer.sum_of_squares([torch.empty(3, device="meta")]).shape == ()
 
 
 @pytest.mark.slow
 def test_compiled_as_one_graph() -> None:
     def step(*arguments: Any) -> Tensor:
-        optimizer.adam(*arguments, *BETAS, EPS, DECAY)
+        optimizer.adam(*from_lists(*arguments), *BETAS, EPS, DECAY)
         return optimizer.sum_of_squares(arguments[0])
 
     plain, compiled = library_arguments("adamw"), library_arguments("adamw")

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from tests.cells import Cell
-from tests.offload_cases import OPTIMIZERS, assert_same_bits, content, left_in, offloaded
+from tests.harness import run_ranks
+from tests.offload_cases import (
+    OPTIMIZERS,
+    assert_same_bits,
+    clipped_late,
+    compared_on_the_way,
+    content,
+    left_in,
+    offloaded,
+)
 from trilith.zero.placement import Tier
 
 TIERS = ("none", "cpu", "nvme", "auto")
@@ -75,6 +84,18 @@ def test_dtypes(dtype: str, tmp_path: Path) -> None:
             assert any(skips) == (dtype == "fp16") and not all(skips)
             if dtype == "fp16":
                 assert any(skips[skips.index(False) :]), "a step in the middle overflows, too"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_weights_rounded_on_their_way_up(dtype: str) -> None:
+    for zero, optimizer in ((1, "AdamW"), (3, "LAMB")):
+        plain = content(cell(zero=zero), dtype, optimizer, steps=6)
+        source = offloaded(plain, "cpu", "none", "")
+        assert not any(run_ranks(2, compared_on_the_way, plain, source))
+
+
+def test_clipped_by_a_norm_that_nobody_waited_for() -> None:
+    assert not any(run_ranks(2, clipped_late, content(cell(zero=1), "fp64", steps=6)))
 
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "AdamW"])

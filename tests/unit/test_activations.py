@@ -104,6 +104,27 @@ def test_other_precisions(family: str, dropout: dict[str, float], dtype: torch.d
     assert_close(compare(0, 1, family, dropout, {"dtype": dtype}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_fused_loss_keeps_gradients_instead_of_logits(family: str, dtype: torch.dtype) -> None:
+    model = small(family)
+    setting = ActivationSetting(BATCH, dtype_bytes=DTYPE_BYTES[dtype], fused=native_families(DEFAULT), fused_loss=True)
+    options = StageOptions(recompute="none", sequence_parallel=False, seed=SEED, dtype=dtype, fused_loss=True)
+    stage = build_stage(model, declare(model)[-1:], tensor_topology(1), options).to_empty(device="cpu")
+    for parameter in stage.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    hidden = torch.ones((BATCH, model.sequence_length, model.hidden_size), dtype=dtype, requires_grad=True)
+    with ActivationMeter(stage.parameters()) as meter:
+        (output,) = stage({"hidden": hidden}, microbatch(model, BATCH)).values()
+        (op,) = (node for node, _ in output.grad_fn.next_functions if hasattr(node, "gradients"))
+        held = [meter.track(gradient) for gradient in op.gradients]  # of its own, which autograd does not see
+        kept = meter.live_bytes
+        del held
+    predicted = stage_activations(model, ["head"], setting).after_forward
+    assert abs(predicted - kept) <= 0.02 * kept, (kept, predicted)
+    assert output.numel() == 1
+
+
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gpt2", {}, {"sequence_parallel": False}),
     ("gpt2", {"dropout": 0.0, "attention_dropout": 0.0}, {"sequence_parallel": True}),

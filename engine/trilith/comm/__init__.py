@@ -26,6 +26,7 @@ from trilith.comm.collectives import (
     receive,
     reduce_scatter,
     send,
+    sum_in_rank_order,
 )
 from trilith.comm.handle import Handle
 from trilith.comm.objects import broadcast_object, gather_objects
@@ -50,4 +51,5 @@ __all__ = [
     "scatter_sum_along",
     "send",
     "split_along",
+    "sum_in_rank_order",
 ]

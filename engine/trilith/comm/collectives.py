@@ -254,3 +254,12 @@ def is_lost_peer(error: BaseException) -> bool:
     """True if `error` only says that another rank is gone or silent: the rank that raised it is a victim."""
     known = isinstance(error, (dist.DistError, ConnectionError)) or type(error) is RuntimeError
     return known and _LOST_PEER.search(str(error)) is not None
+
+
+def sum_in_rank_order(vector: Tensor, group: Group) -> Tensor:
+    """The sum of a small vector over a group, the same bits on every rank, all of which must call it."""
+    if group.size == 1:
+        return vector
+    gathered = vector.new_empty(group.size * vector.numel())
+    all_gather(gathered, vector, group).wait()
+    return gathered.view(group.size, -1).sum(0)

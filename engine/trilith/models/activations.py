@@ -26,6 +26,7 @@ class ActivationSetting:
 
     `recompute` is `none`, `selective` or `full`; `dtype_bytes` those of an activation. `fused`: the families
     of ops that are one kernel and keep its inputs only (native ones; torch's norm on a GPU), not torch's chains of ops.
+    `fused_loss`: the last product and the loss are one op, in schedules that leave backward whole.
     """
 
     batch_size: int
@@ -34,6 +35,7 @@ class ActivationSetting:
     recompute: str = "none"
     dtype_bytes: int = 4
     fused: frozenset[str] = frozenset()
+    fused_loss: bool = False
 
     @property
     def wide_bytes(self) -> int:
@@ -125,11 +127,13 @@ def _head(model: ModelConfig, setting: ActivationSetting) -> ActivationBytes:
     rows = vocabulary_split(model).held(0, setting.tensor)[2]
     tokens, element = _tokens(model, setting), setting.dtype_bytes
     x, logits = tokens * model.hidden_size * element, tokens * rows * element
+    norm = _region_tokens(model, setting) * _norm(model, setting)
+    if setting.fused_loss:  # its two gradients are there already
+        return ActivationBytes(norm + x + rows * model.hidden_size * element, 0)
     sums = 3 * setting.wide_bytes if setting.tensor > 1 else 0
     if setting.tensor == 1 and "cross_entropy" in setting.fused:
         sums = 4 * setting.wide_bytes  # with the losses in one tensor
     loss = tokens * (INT64_BYTES + BOOL_BYTES + sums)
-    norm = _region_tokens(model, setting) * _norm(model, setting)
     return ActivationBytes(norm + x + logits + loss, x + logits)
 
 

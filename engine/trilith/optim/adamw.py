@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from trilith.kernels.ops import optimizer
-from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, Slices
+from trilith.kernels.ops.optimizer import GradScale, Slices
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
 
 # After so many steps both corrections 1 - beta^t are exactly 1: how the fused kernel is told to leave them out.
 _NO_CORRECTION_STEP = 1e12
@@ -40,16 +41,11 @@ class Adam(ElementwiseOptimizer):
         super().__init__(partitions, backend)
         self.options = options
 
-    def _update_slices(self, slices: Slices, lr: float, grad_scale: float) -> None:
+    def _update_slices(self, slices: Slices, lr: float, grad_scale: GradScale) -> None:
         options = self.options
         betas = options.betas if options.bias_correction else None
         optimizer.adam(
-            slices.parameters,
-            slices.gradients,
-            slices.states["exp_avg"],
-            slices.states["exp_avg_sq"],
-            slices.weights,
-            slices.multipliers,
+            slices,
             optimizer.step_values(lr, grad_scale=grad_scale, step=self.num_steps + 1, betas=betas),
             *options.betas,
             eps=options.eps,

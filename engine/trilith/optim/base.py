@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trilith.kernels.ops import optimizer
+from trilith.kernels.ops.optimizer import Clipping, GradScale, Slices
 from trilith.optim.groups import GroupKey, Segment
 from trilith.sharding import ShardSpec
 
@@ -52,20 +53,6 @@ class SliceGroup:
     states: Mapping[str, tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True)
-class Slices:
-    """All slices of some partitions, of every group, as the native optimizers take them: parallel lists of 1-D views.
-
-    `weights`: of the module, to be written too, or nothing. `multipliers` (n, 2) float64: of learning rate and decay.
-    """
-
-    parameters: tuple[Tensor, ...]
-    gradients: tuple[Tensor, ...]
-    states: Mapping[str, tuple[Tensor, ...]]
-    weights: tuple[Tensor, ...]
-    multipliers: Tensor
-
-
 class Optimizer(ABC):
     """An optimizer over flat partitions; children name their state tensors.
 
@@ -98,6 +85,14 @@ class Optimizer(ABC):
 
         True where the `weight` of each of them was written as well.
         """
+
+    def clips(self, parts: tuple[int, ...]) -> bool:
+        """Whether `step_clipped` updates the partitions of these numbers."""
+        return False
+
+    def step_clipped(self, parts: tuple[int, ...], lr: float, clipping: Clipping) -> bool:
+        """`step_parts`, with gradients clipped by a norm that only their device knows."""
+        raise AssertionError(f"{type(self).__name__} clips nothing")
 
     def end_step(self) -> None:
         """All partitions are updated."""
@@ -145,9 +140,20 @@ class ElementwiseOptimizer(Optimizer):
     def _update(self, group: SliceGroup, gradients: list[Tensor], lr: float, grad_scale: Tensor | None) -> None:
         """Update one group in place; `grad_scale` (fp32 scalar) divides the gradients first."""
 
-    def _update_slices(self, slices: Slices, lr: float, grad_scale: float) -> None:
+    def _update_slices(self, slices: Slices, lr: float, grad_scale: GradScale) -> None:
         """Update all slices in place natively; gradients are divided by `grad_scale` on the way, and keep their values."""
         raise AssertionError(f"{type(self).__name__} has no kernel")
+
+    def clips(self, parts: tuple[int, ...]) -> bool:
+        """The native optimizers do."""
+        return self._native_slices(parts) is not None
+
+    def step_clipped(self, parts: tuple[int, ...], lr: float, clipping: Clipping) -> bool:
+        """Natively."""
+        slices = self._native_slices(parts)
+        assert slices is not None, "asked for without `clips`"
+        self._update_slices(slices, lr, clipping)
+        return bool(slices.weights)
 
     def step_parts(self, parts: tuple[int, ...], lr: float, grad_scale: float = 1.0) -> bool:
         """Update the slices of some partitions in place; True where their `weight`s were written."""
@@ -229,7 +235,7 @@ def _all_slices(partitions: Sequence[FlatPartition], states: Sequence[Mapping[st
     return Slices(
         tuple(partitions[i].parameter[at] for i, _, at in found),
         tuple(partitions[i].gradient[at] for i, _, at in found),
-        {role: tuple(states[i][role][at] for i, _, at in found) for role in (states[0] if states else ())},
+        [tuple(states[i][role][at] for i, _, at in found) for role in (states[0] if states else ())],
         tuple(weights[i][at] for i, _, at in found) if is_rounded else (),
         torch.tensor([segment.group for _, segment, _ in found], dtype=torch.float64).view(-1, 2),
     )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trilith.kernels.ops import optimizer
-from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, Slices, batches
+from trilith.kernels.ops.optimizer import GradScale, Slices
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, batches
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,9 @@ class Lion(ElementwiseOptimizer):
         super().__init__(partitions, backend)
         self.options = options
 
-    def _update_slices(self, slices: Slices, lr: float, grad_scale: float) -> None:
+    def _update_slices(self, slices: Slices, lr: float, grad_scale: GradScale) -> None:
         optimizer.lion(
-            slices.parameters,
-            slices.gradients,
-            slices.states["exp_avg"],
-            slices.weights,
-            slices.multipliers,
+            slices,
             optimizer.step_values(lr, grad_scale=grad_scale),
             *self.options.betas,
             weight_decay=self.options.weight_decay,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trilith.kernels.ops import optimizer
-from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup, Slices
+from trilith.kernels.ops.optimizer import GradScale, Slices
+from trilith.optim.base import ElementwiseOptimizer, FlatPartition, SliceGroup
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,10 @@ class SGD(ElementwiseOptimizer):
         self.state_roles = ("momentum_buffer",) if options.momentum else ()
         super().__init__(partitions, backend)
 
-    def _update_slices(self, slices: Slices, lr: float, grad_scale: float) -> None:
+    def _update_slices(self, slices: Slices, lr: float, grad_scale: GradScale) -> None:
         options = self.options
         optimizer.sgd(
-            slices.parameters,
-            slices.gradients,
-            slices.states.get("momentum_buffer", ()),
-            slices.weights,
-            slices.multipliers,
+            slices,
             optimizer.step_values(lr, grad_scale=grad_scale, step=self.num_steps + 1),
             momentum=options.momentum,
             dampening=options.dampening,

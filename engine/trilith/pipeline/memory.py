@@ -12,6 +12,7 @@ from types import MappingProxyType
 from trilith.config import Config
 from trilith.kernels.backends import chosen, native_families
 from trilith.models.activations import ActivationSetting
+from trilith.pipeline.schedules import SCHEDULES
 
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2})
 
@@ -57,7 +58,14 @@ def activation_setting(config: Config) -> ActivationSetting:
         recompute=config.activation_checkpointing.recompute,
         dtype_bytes=DTYPE_BYTES[config.data_types.param_dtype],
         fused=_fused(config),
+        fused_loss=config.kernels.fused_loss and not _may_split(config),
     )
+
+
+def _may_split(config: Config) -> bool:
+    """Whether backwards may come in two halves; a schedule that is not made here is taken for one where they do."""
+    recipe = SCHEDULES.get(config.pipeline.schedule)
+    return recipe is None or recipe.splits_backward
 
 
 def _fused(config: Config) -> frozenset[str]:

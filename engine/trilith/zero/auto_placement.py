@@ -107,7 +107,7 @@ class FirstSteps:
         if placement.states is Tier.DEVICE and unit.placement.states is Tier.HOST:
             state = model.optimizer.state[index]
             state.update({role: _up(tensor, device) for role, tensor in state.items()})
-            unit.optimizer_gradient = None
+            unit.optimizer_gradient = unit.rounded = None
             if not unit.has_whole_gradient:
                 unit.gradient = _up(unit.gradient, device)
         unit.placement = placement

@@ -33,11 +33,11 @@ from trilith.optim.base import FlatPartition
 from trilith.pipeline.action import Schedule
 from trilith.precision import PrecisionPolicy
 from trilith.topology import Topology
-from trilith.zero.flat import DeclaredModule, FlatUnit, buffer_view
+from trilith.zero.flat import DeclaredModule, FlatUnit, buffer_view, bytes_of
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.offload import Disk
 from trilith.zero.placement import Moved
-from trilith.zero.sharded import ShardedModel, Sharding, StateEntry, StepOutcome, bytes_of
+from trilith.zero.sharded import ShardedModel, Sharding, StateEntry, StepOutcome
 from trilith.zero.stage_parameters import StageParameters
 
 Place = tuple[nn.Module, str]  # a module and the name of one of its own parameters

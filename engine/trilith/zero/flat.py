@@ -68,7 +68,7 @@ class Keeping:
 
     `whole_gradient`: over the microbatches of a step, else only its partition. `whole_weight`: always, else between
     `unshard` and `reshard`. A `frozen` unit has no gradient. `placement`: where its parts lie; in host memory they are
-    page-locked if `pinned`.
+    page-locked if `pinned`, and what lies on the device then is rounded in host memory before it goes up.
     """
 
     rank: int
@@ -88,7 +88,8 @@ class FlatUnit:
     reduced after every microbatch, then beside the states. `master` (partition,): the optimizer's weights; where they have
     the parameter dtype, a view of `weight` or `shard`, unless there are several versions of it, or they lie elsewhere.
     `parameters`, `weight_views`, `gradient_views` are parallel, in the layout's order. `start`, `stop`: this rank's
-    partition. `optimizer_gradient`: where a whole gradient's part is taken to, if the states lie elsewhere.
+    partition. `optimizer_gradient`: where a whole gradient's part is taken to, if the states lie elsewhere; `rounded`
+    (partition,): page-locked memory beside the states where weights are rounded that go up to the device.
     `states_swap`, `shard_swap`: master and optimizer states, and the shard, while they live on disk. `moved` counts for
     the whole rank. `written`: the parameters whose gradients come as products: `forget_gradient` need not zero them.
     """
@@ -108,6 +109,7 @@ class FlatUnit:
     shard: Tensor | None = None
     placement: Placement = ON_DEVICE
     optimizer_gradient: Tensor | None = None
+    rounded: Tensor | None = None
     states_swap: Swapped | None = None
     shard_swap: Swapped | None = None
     moved: Moved = field(default_factory=Moved)
@@ -257,7 +259,8 @@ class FlatUnit:
     @property
     def can_be_rounded_early(self) -> bool:
         """Whether the optimizer may round the master weights into the module's as it updates them: they lie together."""
-        return self.has_master and self.shard_swap is None and self.own_weight.device == self.master.device
+        is_together = self.rounded is not None or self.own_weight.device == self.master.device
+        return self.has_master and self.shard_swap is None and is_together
 
     def partition(self, whole_tensors: bool = False, with_weight: bool = False) -> FlatPartition:
         """What the optimizer sees of this unit; with `whole_tensors` also which tensors lie in it, `with_weight` also the
@@ -266,7 +269,9 @@ class FlatUnit:
         gradient = self.own_gradient if self.optimizer_gradient is None else self.optimizer_gradient
         name = f"stage{self.stage}/{self.layout.name}"
         tensors = partition_tensors(self.layout, self.start, self.stop) if whole_tensors else ()
-        weight = self.own_weight if with_weight and self.can_be_rounded_early else None
+        weight = None
+        if with_weight and self.can_be_rounded_early:
+            weight = self.own_weight if self.rounded is None else self.rounded
         return FlatPartition(name, self.master, gradient, segments, tensors, self.states_swap is not None, weight)
 
     @torch.no_grad()
@@ -286,9 +291,9 @@ class FlatUnit:
 
     @torch.no_grad()
     def round_master(self) -> None:
-        """Write this rank's partition of the weights from the master weights."""
+        """Write this rank's partition of the weights, or of what goes up to them, from the master weights."""
         if self.has_master:
-            self.own_weight.copy_(self.master)
+            (self.own_weight if self.rounded is None else self.rounded).copy_(self.master)
 
 
 def make_unit(
@@ -325,12 +330,14 @@ def make_unit(
     is_apart = policy.master_dtype != policy.param_dtype or not states is weights is Tier.DEVICE
     if is_apart and not keeping.frozen:
         master = own(states, policy.master_dtype)
+    goes_up = keeping.pinned and is_elsewhere and weights is Tier.DEVICE
     views = tuple(buffer_view(weight, place) for place in layout.placed)
     counted = counted_ranges(layout, start, stop)
     unit = FlatUnit(
         *(stage, layout, start, stop, weight, gradient, master, (), views, (), counted, keeping.whole_gradient, shard),
         placement=keeping.placement,
         optimizer_gradient=own(states, policy.grad_accum_dtype) if is_elsewhere and keeping.whole_gradient else None,
+        rounded=own(Tier.HOST, policy.param_dtype) if goes_up else None,
     )
     named = dict(module.named_parameters(remove_duplicate=False))
     parameters = []
@@ -384,3 +391,16 @@ def move_buffers(module: DeclaredModule, device: torch.device) -> int:
             module.get_submodule(path)._buffers[leaf] = moved
         num_bytes += moved.numel() * moved.element_size()
     return num_bytes
+
+
+def add_bytes(found: dict[str, int], tier: Tier, category: str, tensors: Sequence[Tensor]) -> None:
+    """Count tensors, if there are any, under the category of a tier."""
+    if not tensors:
+        return
+    name = {Tier.DEVICE: category, Tier.HOST: f"host_{category}", Tier.DISK: f"disk_{category}"}[tier]
+    found[name] = found.get(name, 0) + bytes_of(tensors)
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the elements of `tensors`."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from trilith.failpoints import Failpoints
+from trilith.zero.copies import Arrival, Copies
 from trilith.zero.disk import DiskStore
 from trilith.zero.flat import FlatUnit
 from trilith.zero.placement import Moved, Tier
@@ -69,7 +70,13 @@ class Offload:
     """
 
     def __init__(
-        self, units: Sequence[FlatUnit], frozen: Sequence[FlatUnit], zero: Any, disk: Disk, moved: Moved
+        self,
+        units: Sequence[FlatUnit],
+        frozen: Sequence[FlatUnit],
+        zero: Any,
+        device: torch.device,
+        disk: Disk,
+        moved: Moved,
     ) -> None:
         self._units, self._all, self._disk, self._moved = tuple(units), (*units, *frozen), disk, moved
         optimizer = zero.offload_optimizer
@@ -78,6 +85,8 @@ class Offload:
         self._num_reading = others - self._num_writing if optimizer.pipeline_read else 0
         self._writing: deque[Swapped] = deque()
         self._opened: list[Swapped] = []
+        self._copies = Copies(device)
+        self._arrivals: dict[int, Arrival] = {}
         self.peak_host_bytes = 0  # of what lives on disk
         self.regroup()
 
@@ -96,17 +105,14 @@ class Offload:
     # ---- a step -------------------------------------------------------------------------------------------------
 
     def begin_update(self) -> None:
-        """Send the gradients that are on the device to where they are used."""
+        """Begin to send the gradients that are on the device to where they are used, in the order of the updates."""
         self.put_back()
         self._read_from(0)
-        is_cuda = False
-        for unit in self._units:
+        for index in (index for group in self.groups for index in group):
+            unit = self._units[index]
             if unit.optimizer_gradient is not None:
-                unit.optimizer_gradient.copy_(unit.own_gradient, non_blocking=True)
-                is_cuda = is_cuda or unit.own_gradient.is_cuda
+                self._arrivals[index] = self._copies.down(unit.optimizer_gradient, unit.own_gradient)
                 self._moved.device_to_host += _bytes(unit.optimizer_gradient)
-        if is_cuda:
-            torch.cuda.current_stream().synchronize()
 
     def bring(self, place: int) -> None:
         """Have what the update of group number `place` changes."""
@@ -114,8 +120,17 @@ class Offload:
             swap = self._units[index].states_swap
             if swap is not None:
                 swap.wait()
+            if index in self._arrivals:
+                self._arrivals.pop(index).wait()
         self._read_from(place + 1)
         self._count()
+
+    def send_up(self, unit: FlatUnit, is_used: bool = False) -> None:
+        """Begin to bring rounded weights to the device; where they are used at once, the device waits for them."""
+        if unit.rounded is not None and unit.has_master:
+            self._copies.up(unit.own_weight, unit.rounded)
+            if is_used:
+                self._copies.join()
 
     def take_away(self, place: int) -> None:
         """Group number `place` is updated and its weights are rounded."""
@@ -149,7 +164,11 @@ class Offload:
                     room -= 1
 
     def end_update(self) -> None:
-        """All groups are updated: what was written is written when this returns, or the error is raised."""
+        """All groups are updated: what was written is written when this returns, or the error is raised.
+
+        What the device computes next waits for the weights that are on their way to it.
+        """
+        self._copies.join()
         while self._writing:
             self._writing.popleft().settle()
 

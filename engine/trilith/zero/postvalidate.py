@@ -25,8 +25,9 @@ from trilith.errors import TrilithError
 from trilith.optim.clip import clip_factor
 from trilith.optim.foreign import ForeignOptimizer
 from trilith.topology import Group
+from trilith.zero.flat import add_bytes
 from trilith.zero.placement import Tier
-from trilith.zero.sharded import ShardedModel, StepOutcome, add_bytes
+from trilith.zero.sharded import ShardedModel, StepOutcome
 
 
 class Move(StrEnum):
@@ -154,7 +155,7 @@ class PostValidation:
         if move is Move.STEP:
             self.num_guesses += 1
             self._keep()
-            model.update(lr, 1.0)
+            model.update(lr, model.loss_scale)
         elif move is Move.WAIT:
             model.apply(lr, gather.norm() / scale)
 

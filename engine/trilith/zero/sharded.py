@@ -21,6 +21,7 @@ from torch import Tensor
 from trilith import comm
 from trilith.failpoints import Failpoints
 from trilith.kernels.backends import chosen
+from trilith.kernels.ops.optimizer import Clipping, GradScale
 from trilith.models.families import declare
 from trilith.optim.base import FlatPartition, Optimizer, OptimizerFactory
 from trilith.optim.clip import clip_factor
@@ -31,7 +32,7 @@ from trilith.precision import LossScaler, PrecisionPolicy
 from trilith.sharding import ShardSpec
 from trilith.topology import Group, Topology
 from trilith.zero.auto_placement import FirstSteps
-from trilith.zero.flat import DeclaredModule, FlatUnit, move_buffers
+from trilith.zero.flat import DeclaredModule, FlatUnit, add_bytes, move_buffers
 from trilith.zero.gather_plans import GatherPlans
 from trilith.zero.gradients import GradientReducer
 from trilith.zero.offload import Disk, Offload
@@ -130,7 +131,7 @@ class ShardedModel:
         self.units = tuple(unit for units in self._units.values() for unit in units)
         self._unit_index = {name: i for i, name in enumerate(self.sharding.unit_names)}
         frozen = [unit for units in self._frozen.values() for unit in units]
-        self.offload = Offload(self.units, frozen, zero, disk, moved)
+        self.offload = Offload(self.units, frozen, zero, self.device, disk, moved)
         self.optimizer = self._make_optimizer()
         self.reducer = self._make_reducer(self._units, zero)
         units_of = {index: (*self._units[index], *self._frozen[index]) for index in stages}
@@ -278,7 +279,7 @@ class ShardedModel:
         for unit in self.units:
             squares[self._unit_index[unit.layout.name]] += unit.sum_of_squares()
         for group in [self.topology.dp, self.topology.tp] if self._partitioned else [self.topology.tp]:
-            squares = _sum_in_rank_order(squares, group)
+            squares = comm.sum_in_rank_order(squares, group)
         return squares
 
     def grad_norm(self) -> float:
@@ -287,7 +288,10 @@ class ShardedModel:
         The sum runs over a vector with one float64 per flat unit of the whole model, in one order for every pipeline
         layout, so that the layout of stages does not change a bit. Not finite if any gradient of any rank is not.
         """
-        return float(_sum_in_rank_order(self.stage_squares(), self.topology.pp).sum().sqrt())
+        return float(self._global_squares().sqrt())
+
+    def _global_squares(self) -> Tensor:
+        return comm.sum_in_rank_order(self.stage_squares(), self.topology.pp).sum()
 
     def step(self, lr: float) -> StepOutcome:
         """One optimizer step with learning rate `lr`, clipped by the global norm, on gradients that are complete.
@@ -296,25 +300,40 @@ class ShardedModel:
         Raises TrilithError if the loss scale cannot fall further.
         """
         self.finish()
-        norm = self.grad_norm() / self.loss_scale
-        self.apply(lr, norm)
+        if self._clips_where_it_lies():
+            squares = self._global_squares()
+            self.update(lr, Clipping(squares, self.loss_scale, self.max_norm))
+            norm = float(squares.sqrt()) / self.loss_scale
+        else:
+            norm = self.grad_norm() / self.loss_scale
+            self.apply(lr, norm)
         return self.close_step(norm)
+
+    def _clips_where_it_lies(self) -> bool:
+        """Whether the update may be queued before the host knows the norm: on a GPU that has everything, where no norm
+        lets a step be skipped."""
+        groups = self.offload.groups
+        is_here = self.device.type == "cuda" and len(groups) == 1 and self.units[0].placement.states is Tier.DEVICE
+        return is_here and not self.policy.check_overflow and self.optimizer.clips(groups[0])
 
     def apply(self, lr: float, norm: float) -> None:
         """Do what the global `norm` of the unscaled gradients asks for: update, clipped, or leave everything as it is."""
         if not self._overflows(norm):
-            self.update(lr, clip_factor(norm, self.max_norm))
+            factor = clip_factor(norm, self.max_norm)
+            self.update(lr, self.loss_scale / factor if factor else inf)
 
-    def update(self, lr: float, factor: float) -> None:
-        """Update this rank's partitions with its gradients times `factor`, and the weights on all data ranks."""
-        scale = self.loss_scale / factor if factor else inf
+    def update(self, lr: float, scale: GradScale) -> None:
+        """Update this rank's partitions with its gradients divided by `scale`, and the weights on all data ranks."""
         if self.gatherer is not None:
             self.gatherer.invalidate()
         self.offload.begin_update()
         handles: list[comm.Handle] = []
         for place, members in enumerate(self.offload.groups):
             self.offload.bring(place)
-            is_rounded = self.optimizer.step_parts(members, lr, scale)
+            if isinstance(scale, Clipping):
+                is_rounded = self.optimizer.step_clipped(members, lr, scale)
+            else:
+                is_rounded = self.optimizer.step_parts(members, lr, scale)
             handles += self._publish([self.units[index] for index in members], is_rounded)
             self.offload.take_away(place)
         self.optimizer.end_step()
@@ -345,6 +364,7 @@ class ShardedModel:
         for unit in self.units:
             self.offload.open(unit)
             handles += self._publish([unit])
+        self.offload.end_update()
         self.offload.put_back()
         for handle in handles:
             handle.wait()
@@ -357,7 +377,9 @@ class ShardedModel:
                 unit.shard_swap.open_blank()
             if not is_rounded:
                 unit.round_master()
-            if self._partitioned and not unit.is_sharded:
+            gathers = self._partitioned and not unit.is_sharded
+            self.offload.send_up(unit, is_used=gathers)
+            if gathers:
                 sizes = unit.layout.uneven_sizes
                 handles.append(comm.all_gather(unit.weight, unit.own_weight, self.topology.dp, sizes, async_op=True))
         return handles
@@ -450,8 +472,8 @@ class ShardedModel:
             states = unit.placement.states
             passes = Tier.DEVICE if unit.has_whole_gradient or states is Tier.DEVICE else Tier.HOST
             add_bytes(found, passes, "gradients", [unit.gradient])
-            if unit.optimizer_gradient is not None:
-                add_bytes(found, Tier.HOST, "gradients", [unit.optimizer_gradient])
+            for category, passing in (("gradients", unit.optimizer_gradient), ("parameters", unit.rounded)):
+                add_bytes(found, Tier.HOST, category, [] if passing is None else [passing])
             add_bytes(found, states, "optimizer", [*([unit.master] if unit.has_master else []), *state.values()])
         if self.offload.peak_host_bytes:
             found["host_swap"] = self.offload.peak_host_bytes
@@ -476,23 +498,3 @@ class ShardedModel:
         if self.gatherer is not None:
             self.gatherer.leave(topology.dp)
         self.offload.close()
-
-
-def add_bytes(found: dict[str, int], tier: Tier, category: str, tensors: Sequence[Tensor]) -> None:
-    """Count tensors under the category of a tier."""
-    name = {Tier.DEVICE: category, Tier.HOST: f"host_{category}", Tier.DISK: f"disk_{category}"}[tier]
-    found[name] = found.get(name, 0) + bytes_of(tensors)
-
-
-def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the elements of `tensors`."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _sum_in_rank_order(vector: Tensor, group: Group) -> Tensor:
-    """The sum of a small vector over a group, the same bits on every rank."""
-    if group.size == 1:
-        return vector
-    gathered = vector.new_empty(group.size * vector.numel())
-    comm.all_gather(gathered, vector, group).wait()
-    return gathered.view(group.size, -1).sum(0)

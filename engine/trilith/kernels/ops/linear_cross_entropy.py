@@ -116,8 +116,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise KernelError("linear_cross_entropy: backward a second time: its gradients were handed on")
         made, ctx.gradients = ctx.gradients, None
-        if float(gradients[0]) != ctx.scale:
-            factor = float(gradients[0]) / ctx.scale
+        # A GPU multiplies by whatever it is: to look would be to wait for it.
+        if gradients[0].is_cuda or float(gradients[0]) != ctx.scale:
+            factor = gradients[0] / ctx.scale
             made = tuple(gradient if gradient is None else gradient.mul_(factor) for gradient in made)
         return *made, None, None, None
 

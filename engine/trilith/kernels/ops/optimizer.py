@@ -1,11 +1,12 @@
 """Optimizer steps over slices of flat buffers, each in one pass, and the sum of squares that gradients are clipped by.
 
-A call takes parallel lists of contiguous tensors, of one dtype each: `parameters` (fp32 or fp64), their `gradients` (any
-floating-point dtype), states (fp32 or bf16; fp64 beside fp64), and `weights`: nothing, or for each parameter a tensor that
-gets its new value, rounded. `multipliers` (n, 2) float64: of learning rate and weight decay. `step` (6,) float64 is what
-changes from step to step: learning rate, clip factor, loss scale, 1 - beta1^t, 1 - beta2^t, and 1 in the very first step.
-Gradients are divided by the loss scale and multiplied by the clip factor as they are read; they keep their values, or
-become zero with `zeroes_gradients`. Updates do not depend on how a list is cut, on threads or on the processor.
+A call takes `Slices`, parallel lists of contiguous tensors, of one dtype each: `parameters` (fp32 or fp64), their
+`gradients` (any floating-point dtype), states (fp32 or bf16; fp64 beside fp64), and `weights`: nothing, or for each
+parameter a tensor that gets its new value, rounded. `multipliers` (n, 2) float64: of learning rate and weight decay. `step`
+(6,) float64 is what changes from step to step: learning rate, clip factor, loss scale, 1 - beta1^t, 1 - beta2^t, and 1 in
+the very first step. Gradients are divided by the loss scale and multiplied by the clip factor as they are read; they keep
+their values, or become zero with `zeroes_gradients`. Updates do not depend on how a list is cut, on threads or on the
+processor.
 
 All tensors of a call lie on the CPU, or on one CUDA device, where parameters are fp32; `multipliers` and `step` lie
 with them, or on the CPU, from where they are copied. Addresses and multipliers are copied to a device once.
@@ -17,7 +18,8 @@ torch's own optimizers to fall back on ask `is_native` first.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -32,6 +34,72 @@ from trilith.kernels.ops.library_form import define
 
 STEP_VALUES = 6
 _MASTERS = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What gradients are divided by where only their device knows their norm, so that nobody waits for it.
+
+    `squares`: float64 scalar on the device, the sum of the squares of all gradients as they are, those of a loss times
+    `loss_scale`. They are clipped to the L2 norm `max_norm` (0: not at all) as by `torch.nn.utils.clip_grad_norm_`.
+    """
+
+    squares: Tensor
+    loss_scale: float
+    max_norm: float
+
+
+GradScale = float | Clipping
+
+
+class Slices:
+    """The lists of a call, one state after the other, and their `multipliers`.
+
+    The native op checks them in its first call; later calls only look up where the tensors are, since memory may come
+    and go. So whoever calls again with the same tensors keeps the object.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[Sequence[Tensor]],
+        weights: Sequence[Tensor],
+        multipliers: Tensor,
+    ) -> None:
+        self.parameters, self.gradients = parameters, gradients
+        self.states, self.weights, self.multipliers = tuple(states), weights, multipliers
+        self._sizes: tuple[int, ...] | None = None
+
+    @property
+    def lists(self) -> tuple[Sequence[Tensor], ...]:
+        """Parameters, gradients, states, weights."""
+        return (self.parameters, self.gradients, *self.states, self.weights)
+
+    def table(self, name: str) -> array[int]:
+        """The native table: for each slice the addresses of parameter, gradient, two states, weight, and its elements.
+
+        Raises KernelError where the lists do not fit each other or the native op `name`.
+        """
+        if self._sizes is None:
+            self._sizes = self._checked_sizes(name)
+        absent = (0,) * len(self._sizes)
+        columns: list[Sequence[int]] = [
+            [t.data_ptr() for t in x] for x in (self.parameters, self.gradients, *self.states)
+        ]
+        columns += [absent] * (4 - len(columns))
+        columns.append([t.data_ptr() for t in self.weights] if self.weights else absent)
+        return array("q", chain.from_iterable(zip(*columns, self._sizes, strict=True)))
+
+    def _checked_sizes(self, name: str) -> tuple[int, ...]:
+        sizes = tuple(parameter.numel() for parameter in self.parameters)
+        for members in self.lists[:-1] if not self.weights else self.lists:
+            _check_list(name, members, sizes)
+        firsts = [members[0] for members in self.states]
+        reason = _refusal(self.parameters[0], self.gradients[0], firsts, self.weights[0] if self.weights else None)
+        if reason:
+            raise KernelError(f"{name}: {reason}")
+        return sizes
 
 
 def is_native(
@@ -54,23 +122,32 @@ def is_native(
 
 
 def step_values(
-    lr: float, *, grad_scale: float = 1.0, step: int = 1, betas: tuple[float, float] | None = None
+    lr: float, *, grad_scale: GradScale = 1.0, step: int = 1, betas: tuple[float, float] | None = None
 ) -> Tensor:
     """The array `step` for step number `step` (from 1 on), its gradients divided by `grad_scale`, infinity included.
 
-    Without `betas` moments are not corrected for their start at zero.
+    Without `betas` moments are not corrected for their start at zero. Where the scale is a `Clipping` the array lies on
+    its device, and its clip factor is computed there.
     """
     first, second = (1.0, 1.0) if betas is None else (1.0 - betas[0] ** step, 1.0 - betas[1] ** step)
-    return torch.tensor([lr, 1.0, grad_scale, first, second, float(step == 1)], dtype=torch.float64)
+    divisor = grad_scale.loss_scale if isinstance(grad_scale, Clipping) else grad_scale
+    values = torch.tensor([lr, 1.0, divisor, first, second, float(step == 1)], dtype=torch.float64)
+    return _clipped(values, grad_scale) if isinstance(grad_scale, Clipping) else values
+
+
+def _clipped(values: Tensor, clipping: Clipping) -> Tensor:
+    """The array `step` on the device of `clipping`, with the clip factor in its place."""
+    squares = clipping.squares
+    values = values.to(squares.device, non_blocking=True)
+    if squares.is_cuda:
+        library.run("clip_step", squares, squares.data_ptr(), values.data_ptr(), 0, clipping.max_norm)
+    elif clipping.max_norm > 0:
+        values[1] = (clipping.max_norm / (squares.sqrt() / clipping.loss_scale + 1e-6)).clamp(max=1.0)
+    return values
 
 
 def adam(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    multipliers: Tensor,
+    slices: Slices,
     step: Tensor,
     beta1: float,
     beta2: float,
@@ -80,18 +157,13 @@ def adam(
     zeroes_gradients: bool = False,
     backend: str = "auto",
 ) -> None:
-    """Adam, or AdamW where the decay `is_decoupled`, in place."""
-    lists = (parameters, gradients, exp_avgs, exp_avg_sqs, weights)
-    rest = (multipliers, step, beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients)
-    _step((optimizer_reference.adam, adam_op, _adam), backend, lists, rest)
+    """Adam, or AdamW where the decay `is_decoupled`, in place. States: averages of gradients, and of their squares."""
+    constants = (beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients)
+    _step("adam", (optimizer_reference.adam, adam_op), backend, slices, step, constants)
 
 
 def lion(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    multipliers: Tensor,
+    slices: Slices,
     step: Tensor,
     beta1: float,
     beta2: float,
@@ -99,18 +171,13 @@ def lion(
     zeroes_gradients: bool = False,
     backend: str = "auto",
 ) -> None:
-    """Lion, in place: `beta1` is of the direction, `beta2` of the momentum that is kept."""
-    lists = (parameters, gradients, exp_avgs, weights)
-    rest = (multipliers, step, beta1, beta2, weight_decay, zeroes_gradients)
-    _step((optimizer_reference.lion, lion_op, _lion), backend, lists, rest)
+    """Lion, in place: `beta1` is of the direction, `beta2` of the momentum that is kept, its state."""
+    constants = (beta1, beta2, weight_decay, zeroes_gradients)
+    _step("lion", (optimizer_reference.lion, lion_op), backend, slices, step, constants)
 
 
 def sgd(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    multipliers: Tensor,
+    slices: Slices,
     step: Tensor,
     momentum: float,
     dampening: float,
@@ -119,10 +186,9 @@ def sgd(
     zeroes_gradients: bool = False,
     backend: str = "auto",
 ) -> None:
-    """SGD in torch's form, in place. `momentum_buffers` are empty where `momentum` is 0; they start as first gradients."""
-    lists = (parameters, gradients, momentum_buffers, weights)
-    rest = (multipliers, step, momentum, dampening, weight_decay, is_nesterov, zeroes_gradients)
-    _step((optimizer_reference.sgd, sgd_op, _sgd), backend, lists, rest)
+    """SGD in torch's form, in place. State: momentum, which starts as the first gradient; none where `momentum` is 0."""
+    constants = (momentum, dampening, weight_decay, is_nesterov, zeroes_gradients)
+    _step("sgd", (optimizer_reference.sgd, sgd_op), backend, slices, step, constants)
 
 
 def sum_of_squares(tensors: Sequence[Tensor], backend: str = "auto") -> Tensor:
@@ -137,17 +203,23 @@ def sum_of_squares(tensors: Sequence[Tensor], backend: str = "auto") -> Tensor:
     return total
 
 
-def _step(runs: tuple[Any, Any, Any], backend: str, lists: tuple[Sequence[Tensor], ...], rest: tuple[Any, ...]) -> None:
-    """Call the one of `runs` (reference, library form, native) that is due with the lists and the rest of its arguments.
+def _step(
+    name: str, others: tuple[Any, Any], backend: str, slices: Slices, step: Tensor, constants: tuple[Any, ...]
+) -> None:
+    """Run the native op `name`, or that one of `others` (reference, library form) that is due.
 
-    The first list holds the parameters, the second the gradients; the last of the rest tells whether these become zero.
+    The last of the constants tells whether gradients become zero.
     """
-    if not lists[0]:
+    if not slices.parameters:
         return
-    run = _chosen(lists[0][0], backend, *runs)
-    run(*map(list, lists), *rest)
-    if run is runs[-1]:
-        _note_changes(lists, rest[-1])
+    run = _chosen(slices.parameters[0], backend, *others, None)
+    if run is None:
+        _run_natively(name, slices, step, constants)
+        _note_changes(slices.lists, constants[-1])
+        return
+    states = slices.states if slices.states or name != "sgd" else ((),)  # sgd has an empty list there
+    lists = (slices.parameters, slices.gradients, *states, slices.weights)
+    run(*map(list, lists), slices.multipliers, step, *constants)
 
 
 def _note_changes(lists: Sequence[Sequence[Tensor]], zeroes_gradients: bool) -> None:
@@ -190,28 +262,8 @@ def _refusal(parameter: Tensor, gradient: Tensor, states: Sequence[Tensor], weig
     return ""
 
 
-def _slices(
-    name: str,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    states: Sequence[Sequence[Tensor]],
-    weights: Sequence[Tensor],
-) -> array[int]:
-    """The native table of slices: for each the addresses of parameter, gradient, two states, weight, and its elements."""
-    sizes = [parameter.numel() for parameter in parameters]
-    absent = [0] * len(sizes)
-    columns = [_column(name, members, sizes) for members in (parameters, gradients, *states)]
-    columns += [absent] * (4 - len(columns))
-    columns.append(_column(name, weights, sizes) if weights else absent)
-    firsts = [members[0] for members in states]
-    reason = _refusal(parameters[0], gradients[0], firsts, weights[0] if weights else None)
-    if reason:
-        raise KernelError(f"{name}: {reason}")
-    return array("q", chain.from_iterable(zip(*columns, sizes, strict=True)))
-
-
-def _column(name: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[int]:
-    """The addresses of a list of tensors, which have these numbers of elements."""
+def _check_list(name: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    """Raises KernelError where tensors are not alike, contiguous and of these numbers of elements."""
     if len(tensors) != len(sizes):
         raise KernelError(
             f"{name}: {len(tensors)} tensors beside {len(sizes)} parameters: all lists must be of one length"
@@ -224,7 +276,6 @@ def _column(name: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[
                 f"where {size} elements {dtype} on {device} are due: tensors of a list must be contiguous, of one dtype "
                 "and device, and as large as their parameters"
             )
-    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _check_numbers(name: str, count: int, multipliers: Tensor, step: Tensor, device: torch.device) -> None:
@@ -250,93 +301,30 @@ def _dtype_code(tensors: Sequence[Tensor]) -> int:
     return DTYPES[tensors[0].dtype] if tensors else 0
 
 
-def _run_natively(
-    name: str,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    states: Sequence[Sequence[Tensor]],
-    weights: Sequence[Tensor],
-    multipliers: Tensor,
-    step: Tensor,
-    *constants: Any,
-) -> None:
-    """Call the native op `name`, which has none, one or two lists of states."""
-    first = parameters[0]
-    _check_numbers(name, len(parameters), multipliers, step, first.device)
-    table = _slices(name, parameters, gradients, states, weights)
-    codes = [_dtype_code(x) for x in (parameters, gradients, states[0] if states else ())]
+def _run_natively(name: str, slices: Slices, step: Tensor, constants: tuple[Any, ...]) -> None:
+    """Call the native op `name`."""
+    first, count, multipliers = slices.parameters[0], len(slices.parameters), slices.multipliers
+    _check_numbers(name, count, multipliers, step, first.device)
+    table = slices.table(name)
+    codes = [_dtype_code(x) for x in (slices.parameters, slices.gradients, slices.states[0] if slices.states else ())]
     if first.device.type == "cpu":
-        where: tuple[int, ...] = (table.buffer_info()[0], multipliers.data_ptr(), len(parameters), step.data_ptr())
-        library.run(name, first, *codes, _dtype_code(weights), *where, *constants)
+        where: tuple[int, ...] = (table.buffer_info()[0], multipliers.data_ptr(), count, step.data_ptr())
+        library.run(name, first, *codes, _dtype_code(slices.weights), *where, *constants)
         return
-    slices, groups = _on_device(table.tobytes(), first.device), multipliers
+    held, groups = _on_device(table.tobytes(), first.device), multipliers
     if groups.device != first.device:
         groups = _on_device(groups.numpy().tobytes(), first.device)
     now = step.to(first.device, non_blocking=True)
-    where = (slices.data_ptr(), groups.data_ptr(), len(parameters), sum(table[5::6]), now.data_ptr())
-    library.run(name, first, *codes, _dtype_code(weights) if weights else -1, *where, *constants)
-
-
-def _adam(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    multipliers: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    is_decoupled: bool,
-    zeroes_gradients: bool,
-) -> None:
-    constants = (beta1, beta2, eps, weight_decay, is_decoupled, zeroes_gradients)
-    states = (exp_avgs, exp_avg_sqs)
-    _run_natively("adam", parameters, gradients, states, weights, multipliers, step, *constants)
-
-
-def _lion(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    multipliers: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    zeroes_gradients: bool,
-) -> None:
-    constants = (beta1, beta2, weight_decay, zeroes_gradients)
-    states = (exp_avgs,)
-    _run_natively("lion", parameters, gradients, states, weights, multipliers, step, *constants)
-
-
-def _sgd(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    multipliers: Tensor,
-    step: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    is_nesterov: bool,
-    zeroes_gradients: bool,
-) -> None:
-    constants = (momentum, dampening, weight_decay, is_nesterov, zeroes_gradients)
-    states = (momentum_buffers,) if momentum else ()
-    _run_natively("sgd", parameters, gradients, states, weights, multipliers, step, *constants)
+    where = (held.data_ptr(), groups.data_ptr(), count, sum(table[5::6]), now.data_ptr())
+    library.run(name, first, *codes, _dtype_code(slices.weights) if slices.weights else -1, *where, *constants)
 
 
 def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     if not library.serves(tensors[0]):
         raise KernelError(f"sum_of_squares: {library.why_not(tensors[0])}")
     sizes = [tensor.numel() for tensor in tensors]
-    addresses = _column("sum_of_squares", tensors, sizes)
+    _check_list("sum_of_squares", tensors, sizes)
+    addresses = [tensor.data_ptr() for tensor in tensors]
     table = array("q", chain.from_iterable(zip(addresses, sizes, strict=True)))
     first = tensors[0]
     total = first.new_empty((), dtype=torch.float64)
@@ -354,6 +342,17 @@ def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 _NUMBERS = "Tensor multipliers, Tensor step"
 
 
+def _from_lists(name: str, num_states: int) -> Callable[..., None]:
+    """The native op `name` with its lists one by one: parameters, gradients, states, weights."""
+
+    def run(parameters: list[Tensor], gradients: list[Tensor], *rest: Any) -> None:
+        states, (weights, multipliers, step, *constants) = rest[:num_states], rest[num_states:]
+        slices = Slices(parameters, gradients, [state for state in states if state], weights, multipliers)
+        _run_natively(name, slices, step, tuple(constants))
+
+    return run
+
+
 def _nothing(*_: object) -> None:
     """The shapes of an op that has no result."""
 
@@ -366,19 +365,19 @@ adam_op = define(
     "adam(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
     f" Tensor(e!)[] weights, {_NUMBERS}, float beta1, float beta2, float eps, float weight_decay, bool is_decoupled,"
     " bool zeroes_gradients) -> ()",
-    _adam,
+    _from_lists("adam", 2),
     _nothing,
 )
 lion_op = define(
     f"lion(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] exp_avgs, Tensor(d!)[] weights, {_NUMBERS},"
     " float beta1, float beta2, float weight_decay, bool zeroes_gradients) -> ()",
-    _lion,
+    _from_lists("lion", 1),
     _nothing,
 )
 sgd_op = define(
     "sgd(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] momentum_buffers, Tensor(d!)[] weights,"
     f" {_NUMBERS}, float momentum, float dampening, float weight_decay, bool is_nesterov, bool zeroes_gradients) -> ()",
-    _sgd,
+    _from_lists("sgd", 1),
     _nothing,
 )
 sum_of_squares_op = define("sum_of_squares(Tensor[] tensors) -> Tensor", _sum_of_squares, _scalar)
