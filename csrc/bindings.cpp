@@ -19,8 +19,8 @@ void bind_structs(py::module_& module) {
     py::class_<AttentionSizes>(module, "AttentionSizes")
         .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, HeadStrides, HeadStrides, HeadStrides>());
     py::class_<AttentionRule>(module, "AttentionRule")
-        .def(py::init<bool, int64_t, Address, Address, Address, Address, int64_t, int64_t, Address, int64_t, uint32_t, uint32_t,
-                      uint32_t>());
+        .def(py::init<bool, int64_t, Address, Address, Address, Address, int64_t, int64_t, Address, Address, int64_t, Address,
+                      int64_t, int64_t, int64_t, Address, int64_t, uint32_t, uint32_t, uint32_t>());
 }
 
 // A submodule for each instruction set that this processor runs.

@@ -32,8 +32,8 @@ struct Running {
 // Softmax of one row's visited scores in place: afterwards they are weights relative to the largest score so far, and the
 // output so far is rescaled.
 template <class A>
-void soften(A* scores, const int_t<A>* keys, Visit columns, int_t<A> query, int_t<A> first, int_t<A> last, A slope,
-            A& largest_so_far, A& total, A* out, int64_t stride) {
+void soften(A* scores, const Tile<A>& tile, Visit columns, const Row<A>& row, A slope, A& largest_so_far, A& total, A* out,
+            int64_t stride) {
     constexpr int64_t lanes = kLanes<A>;
     const A infinity = std::numeric_limits<A>::infinity();
     Vec<A> most = fill(-infinity);
@@ -41,7 +41,7 @@ void soften(A* scores, const int_t<A>* keys, Visit columns, int_t<A> query, int_
         for (int64_t j = columns.begin; j < columns.end; j += lanes) most = max(most, load(scores + j));
     } else {
         for (int64_t j = columns.begin; j < columns.end; j += lanes) {
-            const Vec<A> score = ruled<A>(load(scores + j), keys + j, query, first, last, slope, columns.whole);
+            const Vec<A> score = ruled<A>(load(scores + j), tile, j, row, slope, columns.whole);
             store(scores + j, score);
             most = max(most, score);
         }
@@ -66,7 +66,6 @@ void soften(A* scores, const int_t<A>* keys, Visit columns, int_t<A> query, int_
 template <class T>
 void forward_part(const Forward<T>& op, int64_t batch, int64_t head, Range queries) {
     using A = wide_t<T>;
-    using I = int_t<A>;
     const int64_t stride = round_up(op.features, kLanes<A>), padded = round_up(op.num_keys, kKeys);
     const int64_t kv_head = op.kv_index[head];
     const KeyPanels<A> keys(op.rule.sees, batch, op.num_keys);
@@ -85,20 +84,20 @@ void forward_part(const Forward<T>& op, int64_t batch, int64_t head, Range queri
         pack_rows(op.q, batch, head, {start, start + count}, op.features, stride, op.scale, q.get());
         std::fill(out.get(), out.get() + count * stride, A(0));
         Running<A> running;
-        I position[kQueries], first[kQueries], last[kQueries];
+        Row<A> seen[kQueries];
         for (int64_t i = 0; i < count; ++i) {
             running.largest[i] = -std::numeric_limits<A>::infinity();
             running.total[i] = 0;
-            position[i] = op.rule.sees.query(batch, start + i);
-            first[i] = op.rule.sees.first(position[i]);
-            last[i] = op.rule.sees.last(batch, position[i]);
+            seen[i] = op.rule.sees.row(batch, start + i, op.num_keys);
         }
         for (int64_t tile = 0; tile < padded / kKeys; ++tile) {
             const A* right = transposed.get() + tile * op.features * kKeys;
-            const I* tile_keys = keys.position.get() + tile * kKeys;
+            Tile<A> seen_keys{keys.position.get() + tile * kKeys, tile * kKeys, nullptr, op.rule.sees.block};
             for (int64_t chunk = 0; chunk < count; chunk += kChunkRows) {
                 const int64_t held = std::min<int64_t>(kChunkRows, count - chunk);
-                const Visit columns = visit(keys, tile, bounds_of<A>(first + chunk, last + chunk, held));
+                seen_keys.live = op.rule.sees.live_row(head, start + chunk);
+                const Visit columns = visit(keys, tile, bounds_of<A>(seen + chunk, held), seen_keys.live, seen_keys.block,
+                                            op.num_keys);
                 if (columns.begin >= columns.end) continue;
                 const int64_t width = columns.end - columns.begin;
                 A* out_rows = out.get() + chunk * stride;
@@ -107,12 +106,13 @@ void forward_part(const Forward<T>& op, int64_t batch, int64_t head, Range queri
                                   held, width);
                 for (int64_t i = 0; i < held; ++i) {
                     A* row = scores + i * kKeys;
-                    soften<A>(row, tile_keys, columns, position[chunk + i], first[chunk + i], last[chunk + i], slope,
-                              running.largest[chunk + i], running.total[chunk + i], out_rows + i * stride, stride);
+                    soften<A>(row, seen_keys, columns, seen[chunk + i], slope, running.largest[chunk + i],
+                              running.total[chunk + i], out_rows + i * stride, stride);
                     if (op.rule.drops)
-                        for_kept<A>(op.rule, batch, head, position[chunk + i], tile_keys, columns, [&](int64_t j, auto mask) {
-                            store(row + j, mask ? load(row + j) * keep_scale : Vec<A>{});
-                        });
+                        for_kept<A>(op.rule, batch, head, seen[chunk + i].position, seen_keys.positions, columns,
+                                    [&](int64_t j, auto mask) {
+                                        store(row + j, mask ? load(row + j) * keep_scale : Vec<A>{});
+                                    });
                 }
                 product<A, true>({scores + columns.begin, rows.get() + (tile * kKeys + columns.begin) * stride, out_rows, kKeys,
                                   1, stride, stride, width},

@@ -29,8 +29,7 @@ struct Backward {
 
 // Scores and gradients of weights of one row become weights (with dropout) and gradients of scores.
 template <class A>
-void differentiate(A* scores, A* gradients, const int_t<A>* keys, Visit columns, int_t<A> query, int_t<A> first, int_t<A> last,
-                   A slope, A lse, A delta) {
+void differentiate(A* scores, A* gradients, const Tile<A>& tile, Visit columns, const Row<A>& row, A slope, A lse, A delta) {
     if (lse == -std::numeric_limits<A>::infinity()) {  // nothing was seen
         std::fill(scores + columns.begin, scores + columns.end, A(0));
         std::fill(gradients + columns.begin, gradients + columns.end, A(0));
@@ -39,7 +38,7 @@ void differentiate(A* scores, A* gradients, const int_t<A>* keys, Visit columns,
     const bool plain = columns.whole && slope == 0;
     for (int64_t j = columns.begin; j < columns.end; j += kLanes<A>) {
         Vec<A> score = load(scores + j);
-        if (!plain) score = ruled<A>(score, keys + j, query, first, last, slope, columns.whole);
+        if (!plain) score = ruled<A>(score, tile, j, row, slope, columns.whole);
         const Vec<A> weight = exp_below(score - lse);
         store(scores + j, weight);
         store(gradients + j, weight * (load(gradients + j) - delta));
@@ -60,7 +59,6 @@ void inner_products(const A* x, const A* y, int64_t rows, int64_t features, int6
 template <class T>
 void backward_part(const Backward<T>& op, int64_t batch, int64_t head) {
     using A = wide_t<T>;
-    using I = int_t<A>;
     const int64_t stride = op.stride, padded = round_up(op.num_keys, kKeys), kv_head = op.kv_index[head];
     const KeyPanels<A> keys(op.rule.sees, batch, op.num_keys);
     Memory<A> k = allocate<A>(padded * stride), v = allocate<A>(padded * stride);
@@ -90,25 +88,25 @@ void backward_part(const Backward<T>& op, int64_t batch, int64_t head) {
         pack_rows(like_out(op.dout), batch, head, range, op.features, stride, A(1), dout.get());
         pack_rows(like_out(op.out), batch, head, range, op.features, stride, A(1), out.get());
         std::fill(dq.get(), dq.get() + count * stride, A(0));
-        I position[kQueries], first[kQueries], last[kQueries];
+        Row<A> seen[kQueries];
         A lse[kQueries], delta[kQueries];
         for (int64_t i = 0; i < count; ++i) {
-            position[i] = op.rule.sees.query(batch, start + i);
-            first[i] = op.rule.sees.first(position[i]);
-            last[i] = op.rule.sees.last(batch, position[i]);
+            seen[i] = op.rule.sees.row(batch, start + i, op.num_keys);
             lse[i] = op.lse[(batch * op.num_heads + head) * op.num_queries + start + i];
         }
         for (int64_t i = 0; i < count; i += kChunkRows)
             inner_products(dout.get() + i * stride, out.get() + i * stride, std::min<int64_t>(kChunkRows, count - i), op.features,
                            stride, delta + i);
         for (int64_t tile = 0; tile < padded / kKeys; ++tile) {
-            const I* tile_keys = keys.position.get() + tile * kKeys;
+            Tile<A> seen_keys{keys.position.get() + tile * kKeys, tile * kKeys, nullptr, op.rule.sees.block};
             int64_t first_row[kPanels], end_row[kPanels];
             std::fill(first_row, first_row + kPanels, count);
             std::fill(end_row, end_row + kPanels, int64_t(0));
             for (int64_t chunk = 0; chunk < count; chunk += kChunkRows) {
                 const int64_t held = std::min<int64_t>(kChunkRows, count - chunk);
-                const Visit columns = visit(keys, tile, bounds_of<A>(first + chunk, last + chunk, held));
+                seen_keys.live = op.rule.sees.live_row(head, start + chunk);
+                const Visit columns = visit(keys, tile, bounds_of<A>(seen + chunk, held), seen_keys.live, seen_keys.block,
+                                            op.num_keys);
                 A *weight_rows = weights.get() + chunk * kKeys, *gradient_rows = gradients.get() + chunk * kKeys;
                 if (columns.begin >= columns.end) {
                     std::fill(weight_rows, weight_rows + held * kKeys, A(0));
@@ -135,13 +133,13 @@ void backward_part(const Backward<T>& op, int64_t batch, int64_t head) {
                     std::fill(gradient, gradient + columns.begin, A(0));
                     std::fill(gradient + columns.end, gradient + kKeys, A(0));
                     auto each_kept = [&](auto&& f) {
-                        for_kept<A>(op.rule, batch, head, position[chunk + i], tile_keys, columns, f);
+                        for_kept<A>(op.rule, batch, head, seen[chunk + i].position, seen_keys.positions, columns, f);
                     };
                     if (op.rule.drops) each_kept([&](int64_t j, auto mask) {
                         store(gradient + j, mask ? load(gradient + j) * keep_scale : Vec<A>{});
                     });
-                    differentiate<A>(weight, gradient, tile_keys, columns, position[chunk + i], first[chunk + i],
-                                     last[chunk + i], slope, lse[chunk + i], delta[chunk + i]);
+                    differentiate<A>(weight, gradient, seen_keys, columns, seen[chunk + i], slope, lse[chunk + i],
+                                     delta[chunk + i]);
                     if (op.rule.drops) each_kept([&](int64_t j, auto mask) {
                         store(weight + j, mask ? load(weight + j) * keep_scale : Vec<A>{});
                     });

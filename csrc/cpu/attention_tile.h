@@ -41,7 +41,13 @@ struct Heads {
     }
 };
 
-// Keys that a query sees: first <= position <= last. Padding has the largest position, which nobody sees.
+// A query: it sees keys with first <= position <= last that lie at begin <= index < end in memory.
+template <class A>
+struct Row {
+    int_t<A> position, first, last, begin, end;
+};
+
+// Keys that a query sees. Padding has the largest position, which nobody sees.
 template <class A>
 struct Visibility {
     using I = int_t<A>;
@@ -49,7 +55,11 @@ struct Visibility {
     const int64_t *query_positions, *key_positions, *prefix;  // 0: positions count from 0, no prefix
     int64_t query_stride, key_stride;                         // between samples
     bool causal;
-    int64_t window;  // 0: none
+    int64_t window;                    // 0: none
+    const int64_t *begins, *ends;      // 0: all
+    int64_t range_stride;
+    const uint8_t* live;               // 0: all
+    int64_t block, live_head_stride, live_columns;
 
     I query(int64_t batch, int64_t i) const {
         return static_cast<I>(query_positions ? query_positions[batch * query_stride + i] : i);
@@ -60,19 +70,36 @@ struct Visibility {
         if (!causal) return kNowhere - 1;
         return prefix ? std::max(query, static_cast<I>(prefix[batch] - 1)) : query;
     }
+    Row<A> row(int64_t batch, int64_t i, int64_t num_keys) const {
+        const I position = query(batch, i);
+        const int64_t at = batch * range_stride + i;
+        return {position, first(position), last(batch, position), static_cast<I>(begins ? begins[at] : 0),
+                static_cast<I>(ends ? std::min(ends[at], num_keys) : num_keys)};
+    }
+    // The blocks of keys that queries near i see of a head, as bytes; null: all.
+    const uint8_t* live_row(int64_t head, int64_t i) const {
+        return live ? live + head * live_head_stride + i / block * live_columns : nullptr;
+    }
 };
 
 // Of some queries the hull of what they see, and what all of them see.
 template <class A>
 struct Bounds {
     using I = int_t<A>;
-    I first_min, first_max, last_min, last_max;
+    I first_min, first_max, last_min, last_max, begin_min, begin_max, end_min, end_max;
 };
 
 template <class A>
-Bounds<A> bounds_of(const int_t<A>* first, const int_t<A>* last, int64_t count) {
-    return {*std::min_element(first, first + count), *std::max_element(first, first + count),
-            *std::min_element(last, last + count), *std::max_element(last, last + count)};
+Bounds<A> bounds_of(const Row<A>* rows, int64_t count) {
+    const Row<A>& r = rows[0];
+    Bounds<A> b{r.first, r.first, r.last, r.last, r.begin, r.begin, r.end, r.end};
+    for (int64_t i = 1; i < count; ++i) {
+        b.first_min = std::min(b.first_min, rows[i].first), b.first_max = std::max(b.first_max, rows[i].first);
+        b.last_min = std::min(b.last_min, rows[i].last), b.last_max = std::max(b.last_max, rows[i].last);
+        b.begin_min = std::min(b.begin_min, rows[i].begin), b.begin_max = std::max(b.begin_max, rows[i].begin);
+        b.end_min = std::min(b.end_min, rows[i].end), b.end_max = std::max(b.end_max, rows[i].end);
+    }
+    return b;
 }
 
 // The positions of packed keys, with the least and largest of each panel.
@@ -93,28 +120,45 @@ struct KeyPanels {
         }
     }
     bool is_seen(int64_t panel, const Bounds<A>& b) const {
-        return least.get()[panel] <= b.last_max && greatest.get()[panel] >= b.first_min;
+        return least.get()[panel] <= b.last_max && greatest.get()[panel] >= b.first_min && panel * kPanel < b.end_max &&
+               (panel + 1) * kPanel > b.begin_min;
     }
     bool is_seen_whole(int64_t panel, const Bounds<A>& b) const {
-        return greatest.get()[panel] <= b.last_min && least.get()[panel] >= b.first_max;
+        return greatest.get()[panel] <= b.last_min && least.get()[panel] >= b.first_max && panel * kPanel >= b.begin_max &&
+               (panel + 1) * kPanel <= b.end_min;
     }
 };
+
+// How many of the blocks that a panel touches are live: 0 none, 1 some, 2 all. `live`: a row of them.
+inline int liveness(const uint8_t* live, int64_t block, int64_t panel, int64_t num_keys) {
+    const int64_t from = panel * kPanel / block, to = (std::min((panel + 1) * kPanel, num_keys) + block - 1) / block;
+    int64_t count = 0;
+    for (int64_t i = from; i < to; ++i) count += live[i] != 0;
+    return count == 0 ? 0 : count < to - from ? 1 : 2;
+}
 
 // Which columns [begin, end) of a tile of scores kChunkRows queries visit, and whether all of them are seen by all.
 struct Visit {
     int64_t begin, end;
     bool whole;
 };
+// `live`: the row of blocks of these queries, `block` keys each; null: all.
 template <class A>
-Visit visit(const KeyPanels<A>& keys, int64_t tile, const Bounds<A>& bounds) {
+Visit visit(const KeyPanels<A>& keys, int64_t tile, const Bounds<A>& bounds, const uint8_t* live, int64_t block,
+            int64_t num_keys) {
     int64_t begin = kPanels, end = 0;
     bool whole = true;
-    for (int64_t panel = 0; panel < kPanels; ++panel)
-        if (keys.is_seen(tile * kPanels + panel, bounds)) {
+    for (int64_t panel = 0; panel < kPanels; ++panel) {
+        const int64_t at = tile * kPanels + panel;
+        if (keys.is_seen(at, bounds) && (!live || liveness(live, block, at, num_keys) > 0)) {
             begin = std::min(begin, panel);
             end = panel + 1;
         }
-    for (int64_t panel = begin; panel < end; ++panel) whole = whole && keys.is_seen_whole(tile * kPanels + panel, bounds);
+    }
+    for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t at = tile * kPanels + panel;
+        whole = whole && keys.is_seen_whole(at, bounds) && (!live || liveness(live, block, at, num_keys) == 2);
+    }
     return {begin * kPanel, end * kPanel, whole};
 }
 
@@ -220,7 +264,9 @@ template <class A>
 ScoreRule<A> score_rule(const AttentionRule& rule) {
     const bool drops = rule.dropout_threshold > 0;
     return {{(const int64_t*)rule.query_positions, (const int64_t*)rule.key_positions, (const int64_t*)rule.prefix,
-             rule.query_position_stride, rule.key_position_stride, rule.causal, rule.window},
+             rule.query_position_stride, rule.key_position_stride, rule.causal, rule.window,
+             (const int64_t*)rule.key_begins, (const int64_t*)rule.key_ends, rule.key_range_stride,
+             (const uint8_t*)rule.live, rule.block, rule.live_head_stride, rule.live_columns},
             (const double*)rule.slopes,
             (const int64_t*)rule.sample_ids,
             rule.first_head,
@@ -232,15 +278,29 @@ Heads<T> heads_of(Address base, const HeadStrides& strides) {
     return {(T*)base, strides.batch, strides.row, strides.head};
 }
 
-// Adds the slope's part of one row and hides what the query does not see.
+// A tile of keys as some queries see it: their positions, the index of the first, the row of live blocks (null: all).
 template <class A>
-inline Vec<A> ruled(Vec<A> score, const int_t<A>* key, int_t<A> query, int_t<A> first, int_t<A> last, A slope, bool whole) {
-    using VI = Vec<int_t<A>>;
-    VI position;
-    std::memcpy(&position, key, sizeof position);
-    if (slope != 0) score += __builtin_convertvector(position - query, Vec<A>) * slope;
+struct Tile {
+    const int_t<A>* positions;
+    int64_t first;
+    const uint8_t* live;
+    int64_t block;
+};
+
+// Adds the slope's part of one row's columns from j on, and hides what the query does not see.
+template <class A>
+inline Vec<A> ruled(Vec<A> score, const Tile<A>& tile, int64_t j, const Row<A>& row, A slope, bool whole) {
+    using I = int_t<A>;
+    Vec<I> position;
+    std::memcpy(&position, tile.positions + j, sizeof position);
+    if (slope != 0) score += __builtin_convertvector(position - row.position, Vec<A>) * slope;
     if (whole) return score;
-    return (position >= first) & (position <= last) ? score : fill(-std::numeric_limits<A>::infinity());
+    const Vec<A> hidden = fill(-std::numeric_limits<A>::infinity());
+    if (tile.first + j >= row.end) return hidden;
+    if (tile.live && !tile.live[(tile.first + j) / tile.block]) return hidden;  // a register lies in one block
+    Vec<I> index;
+    for (int64_t lane = 0; lane < kLanes<A>; ++lane) index[lane] = static_cast<I>(tile.first + j + lane);
+    return (position >= row.first) & (position <= row.last) & (index >= row.begin) & (index < row.end) ? score : hidden;
 }
 
 // Calls f(column, mask) for the registers of columns [begin, end) of a row, mask having all bits set where a weight is kept.

@@ -3,31 +3,9 @@
 
 #include <cstdint>
 
+#include "common/attention.h"
+
 namespace trilith {
-
-using Address = std::uintptr_t;
-
-// How attention's tensors (batch, sequence, head, feature) lie, in elements; features are contiguous.
-struct HeadStrides {
-    int64_t batch, row, head;
-};
-struct AttentionSizes {
-    int64_t batch, num_queries, num_keys, num_heads, num_kv_heads, features;
-    double scale;  // of the scores, before softmax
-    HeadStrides q, k, v;
-};
-// Which keys a query sees and what is dropped. Positions int64 (sequence) or (batch, sequence), 0: counted from 0; prefix int64
-// (batch): keys before it are seen by all; window 0: none; slopes fp64 (head): ALiBi, times (key - query); a threshold of 0 drops
-// nothing; sample_ids int64 (batch).
-struct AttentionRule {
-    bool causal;
-    int64_t window;
-    Address prefix, slopes, query_positions, key_positions;
-    int64_t query_position_stride, key_position_stride;
-    Address sample_ids;
-    int64_t first_head;
-    uint32_t key_first, key_second, dropout_threshold;
-};
 
 // The ops of one instruction set as a table of functions: bindings.cpp lets Python choose among the tables.
 #define TRILITH_CPU_OPS(OP) \

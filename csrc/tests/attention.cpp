@@ -39,7 +39,7 @@ void test_case(const CpuKernels& kernels, DType dtype, const Case& c) {
         slopes.push_back(std::exp2(-static_cast<double>(head + 1)));
     }
     auto at = [](const auto& vector) { return reinterpret_cast<Address>(vector.data()); };
-    const AttentionRule rule{c.causal, c.window, c.has_prefix ? at(prefix) : 0, c.has_slopes ? at(slopes) : 0, 0, 0, 0, 0, at(samples), 3,
+    const AttentionRule rule{c.causal, c.window, c.has_prefix ? at(prefix) : 0, c.has_slopes ? at(slopes) : 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, at(samples), 3,
                              kKey[0], kKey[1], c.threshold};
     const int code = static_cast<int>(dtype);
     const auto forward = run_both(what, [&](int threads) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from tests.kernels.native import native, require_same_bits
 from trilith.errors import KernelError
 from trilith.kernels import ops, reference
-from trilith.kernels.mask import CAUSAL, FULL, AttentionMask
+from trilith.kernels.mask import CAUSAL, FULL, AttentionMask, BlockLayout, document_mask
 
 pytestmark = native
 KEY = (7, 2**31 + 9)
@@ -36,6 +37,12 @@ def mask(name: str, length: int) -> AttentionMask:
         "shuffled": AttentionMask(query_positions=shuffled, key_positions=shuffled),
         "keys_shuffled": AttentionMask(key_positions=shuffled),
         "ahead": AttentionMask(query_positions=torch.arange(length) + 4, key_positions=packed),
+        "documents": document_mask(torch.stack([packed.diff(prepend=packed[:1]).lt(0).cumsum(0), shuffled[0] // 70])),
+        "documents_full": document_mask(torch.arange(length) // 21, causal=False),
+        "documents_alibi": replace(document_mask(torch.arange(length) // 50), slopes=slopes, window=30),
+        "blocks": AttentionMask(blocks=blocks(length, 16, N)),
+        "blocks_full": AttentionMask(causal=False, blocks=blocks(length, 48, 1)),
+        "blocks_window": AttentionMask(window=40, slopes=slopes, blocks=blocks(length, 32, N)),
     }[name]
 
 
@@ -51,7 +58,21 @@ NAMES = (
     "shuffled",
     "keys_shuffled",
     "ahead",
+    "documents",
+    "documents_full",
+    "documents_alibi",
+    "blocks",
+    "blocks_full",
+    "blocks_window",
 )
+
+
+def blocks(length: int, size: int, heads: int) -> BlockLayout:
+    """A third of the blocks at random; no query of the last row sees anything."""
+    count = -(-length // size)
+    live = torch.rand((heads, count, count), generator=torch.Generator().manual_seed(size)) < 0.34
+    live[:, -1] = False
+    return BlockLayout(size, live)
 
 
 def inputs(length: int, features: int, dtype: torch.dtype) -> list[Tensor]:
@@ -159,7 +180,7 @@ def test_nan_comes_through() -> None:
     assert out[0, 3].isnan().all() and out[0, :3].isfinite().all() and out[1].isfinite().all()
 
 
-ARGUMENTS = ([0, 0, 1, 1], True, 0, None, None, None, None, 0.0, 0, 0, None, 0)
+ARGUMENTS = ([0, 0, 1, 1], True, 0, None, None, None, None, None, None, None, 0, 0.0, 0, 0, None, 0)
 
 
 def test_opcheck() -> None:
@@ -190,6 +211,9 @@ def test_on_meta() -> None:
         ({"mask": AttentionMask(window=3, prefix=torch.zeros(B, dtype=torch.int64))}, "prefix goes with causal"),
         ({"mask": AttentionMask(prefix=torch.zeros(B))}, "mask.prefix is .2,. torch.float32"),
         ({"mask": AttentionMask(slopes=torch.zeros(3))}, "mask.slopes"),
+        ({"mask": AttentionMask(key_begins=torch.zeros(6, dtype=torch.int64))}, "go together"),
+        ({"mask": AttentionMask(blocks=BlockLayout(8, torch.ones(1, 1, 1).bool()))}, "blocks.size = 8"),
+        ({"mask": AttentionMask(blocks=BlockLayout(16, torch.ones(1, 2, 1).bool()))}, "must be .1, 1, 1. or .4, 1, 1."),
         ({"kv_index": (0, 1)}, "kv_index has 2 entries"),
         ({"kv_index": (0, 1, 2, 0)}, "must name the 2 key/value heads"),
         ({"dropout_p": 0.1}, "needs the sample ids"),

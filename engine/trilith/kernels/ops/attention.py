@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 from trilith.errors import KernelError
 from trilith.kernels import library, reference
 from trilith.kernels.library import DTYPES, LIBRARY, address
-from trilith.kernels.mask import CAUSAL, AttentionMask
+from trilith.kernels.mask import CAUSAL, AttentionMask, BlockLayout
 from trilith.kernels.ops.library_form import define, differentiate
 from trilith.kernels.stream import Key, threshold
 
@@ -178,10 +178,13 @@ class _Rule:
     def __init__(self, how: _How) -> None:
         assert LIBRARY is not None
         mask, p = how.mask, how.dropout_p
-        held = (mask.prefix, mask.slopes, mask.query_positions, mask.key_positions, how.sample_ids)
-        prefix, slopes, queries, keys, samples = (None if x is None else x.contiguous() for x in held)
-        slopes = None if slopes is None else slopes.double()
-        self.held = (prefix, slopes, queries, keys, samples)
+        live, ranges = None if mask.blocks is None else mask.blocks.live, (mask.key_begins, mask.key_ends)
+        positions = (mask.query_positions, mask.key_positions)
+        given = (mask.prefix, mask.slopes, *positions, *ranges, live, how.sample_ids)
+        held = [None if x is None else x.contiguous() for x in given]
+        if held[1] is not None:
+            held[1] = held[1].double()
+        prefix, slopes, queries, keys, begins, ends, live, samples = self.held = tuple(held)
         self.kv_index = array("q", how.kv_index)
         self.native = LIBRARY.AttentionRule(
             mask.causal,
@@ -192,6 +195,13 @@ class _Rule:
             address(keys),
             0 if queries is None or queries.dim() == 1 else queries.shape[1],
             0 if keys is None or keys.dim() == 1 else keys.shape[1],
+            address(begins),
+            address(ends),
+            0 if begins is None or begins.dim() == 1 else begins.shape[1],
+            address(live),
+            1 if mask.blocks is None else mask.blocks.size,
+            0 if live is None or len(live) == 1 else live[0].numel(),
+            0 if live is None else live.shape[2],
             address(samples),
             how.first_head,
             *how.key,
@@ -302,7 +312,7 @@ class _PackedAttention(torch.autograd.Function):
 
 _MASK = (
     "int[] kv_index, bool causal, int window, Tensor? prefix, Tensor? slopes, Tensor? query_positions, "
-    "Tensor? key_positions"
+    "Tensor? key_positions, Tensor? key_begins, Tensor? key_ends, Tensor? live, int block"
 )
 _DROPOUT = "float dropout_p, int key_first, int key_second, Tensor? sample_ids, int first_head"
 
@@ -315,20 +325,27 @@ def _how(
     slopes: Tensor | None,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
+    key_begins: Tensor | None,
+    key_ends: Tensor | None,
+    live: Tensor | None,
+    block: int,
     dropout_p: float,
     key_first: int,
     key_second: int,
     sample_ids: Tensor | None,
     first_head: int,
 ) -> _How:
-    mask = AttentionMask(causal, window or None, prefix, slopes, query_positions, key_positions)
+    blocks = None if live is None else BlockLayout(block, live)
+    positions = (query_positions, key_positions, key_begins, key_ends)
+    mask = AttentionMask(causal, window or None, prefix, slopes, *positions, blocks)
     return _How(mask, tuple(kv_index), dropout_p, (key_first, key_second), sample_ids, first_head)
 
 
 def _arguments(how: _How) -> tuple[Any, ...]:
     m = how.mask
     masks = (list(how.kv_index), m.causal, m.window or 0, m.prefix, m.slopes, m.query_positions, m.key_positions)
-    return (*masks, how.dropout_p, *how.key, how.sample_ids, how.first_head)
+    blocks = (None, 0) if m.blocks is None else (m.blocks.live, m.blocks.size)
+    return (*masks, m.key_begins, m.key_ends, *blocks, how.dropout_p, *how.key, how.sample_ids, how.first_head)
 
 
 def _library_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -375,21 +392,17 @@ def _library(q: Tensor, k: Tensor, v: Tensor, how: _How) -> tuple[Tensor, Tensor
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *rest = inputs
     ctx.mark_non_differentiable(output[1])
-    how = _how(*rest)
-    mask = how.mask
-    ctx.save_for_backward(
-        q, k, v, *output, mask.prefix, mask.slopes, mask.query_positions, mask.key_positions, how.sample_ids
-    )
-    ctx.how = replace(how, mask=replace(mask, prefix=None, slopes=None, query_positions=None, key_positions=None))
-    ctx.num_rest = len(rest)
+    ctx.save_for_backward(q, k, v, *output, *(x for x in rest if isinstance(x, Tensor)))
+    ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
+    ctx.are_tensors = [isinstance(x, Tensor) for x in rest]
 
 
 def _differentiated(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, prefix, slopes, queries, keys, samples = ctx.saved_tensors
-    mask = replace(ctx.how.mask, prefix=prefix, slopes=slopes, query_positions=queries, key_positions=keys)
-    how = replace(ctx.how, mask=mask, sample_ids=samples)
-    gradients = attention_backward_op(dout, q, k, v, out, lse, *_arguments(how))
-    return (*gradients, *[None] * ctx.num_rest)
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    held = iter(tensors)
+    rest = [next(held) if is_tensor else x for x, is_tensor in zip(ctx.rest, ctx.are_tensors, strict=True)]
+    gradients = attention_backward_op(dout, q, k, v, out, lse, *rest)
+    return (*gradients, *[None] * len(rest))
 
 
 differentiate("attention", _remember, _differentiated)
