@@ -17,6 +17,9 @@ void bind_structs(py::module_& module) {
     using namespace trilith;
     py::class_<HeadStrides>(module, "HeadStrides").def(py::init<int64_t, int64_t, int64_t>());
     py::class_<AttentionSizes>(module, "AttentionSizes")
+        .def_readonly("batch", &AttentionSizes::batch)
+        .def_readonly("num_heads", &AttentionSizes::num_heads)
+        .def_readonly("num_queries", &AttentionSizes::num_queries)
         .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, HeadStrides, HeadStrides, HeadStrides>());
     py::class_<AttentionRule>(module, "AttentionRule")
         .def(py::init<bool, int64_t, Address, Address, Address, Address, int64_t, int64_t, Address, Address, int64_t, Address,

@@ -13,11 +13,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/attention.h"
 #include "common/types.h"
 
 namespace trilith::cuda {
-
-using Address = std::uintptr_t;
 
 constexpr int kWarp = 32;
 constexpr int kPackBytes = 16;

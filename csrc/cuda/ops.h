@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <string>
 
-namespace trilith::cuda {
+#include "common/attention.h"
 
-using Address = std::uintptr_t;
+namespace trilith::cuda {
 
 // Why kernels cannot run on a device; empty if they can.
 std::string why_not(int device);
@@ -40,6 +40,15 @@ void dropout_bias_backward(int dtype, Address dy, Address dx, Address dbias, Add
 void dropout_keep(Address keep, Address sample_ids, Address positions, int64_t position_stride, int64_t batch, int64_t length,
                   int64_t width, int64_t first_feature, uint32_t key_first, uint32_t key_second, uint32_t threshold,
                   Address stream);
+
+// --- attention_forward.cu, attention_queries.cu, attention_keys.cu: bf16 and fp16, a multiple of 8 features, at most 256; tensors and
+// their strides in packs of 16 bytes; kv_index and all that the rule points to on the device ---
+void attention_forward(int dtype, const AttentionSizes& sizes, const AttentionRule& rule, Address q, Address k, Address v,
+                       Address kv_index, Address out, Address lse, Address stream);
+int64_t attention_backward_workspace(int64_t batch, int64_t num_heads, int64_t num_queries);
+void attention_backward(int dtype, const AttentionSizes& sizes, const AttentionRule& rule, Address q, Address k, Address v,
+                        Address kv_index, Address out, Address lse, Address dout, Address dq, Address dk, Address dv,
+                        const AttentionSizes& gradient_sizes, Address workspace, Address stream);
 
 // --- rope.cu: y may be x ---
 void rotary(int dtype, Address x, Address y, Address cos, Address sin, int64_t batch, int64_t length, int64_t heads, int64_t half,

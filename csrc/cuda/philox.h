@@ -35,6 +35,12 @@ TRILITH_BOTH Words feature_counter(int64_t sample, int64_t position, int64_t blo
     return {{uint32_t(uint64_t(sample) >> 32), uint32_t(position), uint32_t(sample), uint32_t(block)}};
 }
 
+// What eight keys share, of one query of one head.
+TRILITH_BOTH Words key_counter(int64_t sample, int64_t head, int64_t query, int64_t block) {
+    const auto s = uint64_t(sample);
+    return {{uint32_t(uint64_t(head) + (s >> 32 << 16)), uint32_t(query), uint32_t(s), uint32_t(block)}};
+}
+
 // The words of a call from decision `first` on, a multiple of `count`: as many decisions as that are wanted of them. The words stay
 // in registers, which have no index at run time.
 template <int count>

@@ -15,6 +15,7 @@ struct Case {
     int64_t window;
     bool has_slopes;
     uint32_t threshold;
+    int64_t document = 0, block = 0;  // tokens of a document; scores to a side of a block, of which each head sees some
 };
 
 constexpr int64_t kBatch = 2;
@@ -24,7 +25,7 @@ void test_case(const CpuKernels& kernels, DType dtype, const Case& c) {
     const std::string what = std::string(kernels.name) + " attention " + name_of(dtype) + " " + std::to_string(c.num_queries) + " x " +
                              std::to_string(c.num_keys) + " D" + std::to_string(c.features) + (c.causal ? " causal" : "") +
                              (c.has_prefix ? " prefix" : "") + (c.window ? " window" : "") + (c.has_slopes ? " alibi" : "") +
-                             (c.threshold ? " dropout" : "");
+                             (c.threshold ? " dropout" : "") + (c.document ? " documents" : "") + (c.block ? " blocks" : "");
     const int64_t q_row = c.num_heads * c.features, k_row = c.num_kv_heads * c.features;
     const int64_t num_q = kBatch * c.num_queries * q_row, num_k = kBatch * c.num_keys * k_row;
     const Buffer q = random_buffer(dtype, num_q, 1), k = random_buffer(dtype, num_k, 2), v = random_buffer(dtype, num_k, 3);
@@ -39,8 +40,20 @@ void test_case(const CpuKernels& kernels, DType dtype, const Case& c) {
         slopes.push_back(std::exp2(-static_cast<double>(head + 1)));
     }
     auto at = [](const auto& vector) { return reinterpret_cast<Address>(vector.data()); };
-    const AttentionRule rule{c.causal, c.window, c.has_prefix ? at(prefix) : 0, c.has_slopes ? at(slopes) : 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, at(samples), 3,
-                             kKey[0], kKey[1], c.threshold};
+    std::vector<int64_t> begins, ends;
+    if (c.document)
+        for (int64_t i = 0; i < c.num_queries; ++i) {
+            begins.push_back(i / c.document * c.document);
+            ends.push_back(std::min(begins.back() + c.document, c.num_keys));
+        }
+    const int64_t block = c.block ? c.block : 16, columns = (c.num_keys + block - 1) / block;
+    const int64_t blocks = (c.num_queries + block - 1) / block * columns;
+    std::vector<unsigned char> live;
+    if (c.block)
+        for (int64_t i = 0; i < c.num_heads * blocks; ++i) live.push_back(i % columns == i / columns % columns || i * 7 % 5 < 2);
+    const AttentionRule rule{c.causal, c.window, c.has_prefix ? at(prefix) : 0, c.has_slopes ? at(slopes) : 0, 0, 0, 0, 0,
+                             c.document ? at(begins) : 0, c.document ? at(ends) : 0, 0, c.block ? at(live) : 0, block, blocks, columns,
+                             at(samples), 3, kKey[0], kKey[1], c.threshold};
     const int code = static_cast<int>(dtype);
     const auto forward = run_both(what, [&](int threads) {
         std::vector<Buffer> made{Buffer(dtype, num_q), Buffer(wide(dtype), kBatch * c.num_heads * c.num_queries)};
@@ -73,6 +86,8 @@ void test_case(const CpuKernels& kernels, DType dtype, const Case& c) {
                 Numbers weights = zeros(c.num_keys), gradients = weights;
                 double most = -std::numeric_limits<double>::infinity(), total = 0, delta = 0;
                 auto sees = [&](int64_t j) {
+                    if (c.document && i / c.document != j / c.document) return false;
+                    if (c.block && !live[static_cast<size_t>(head * blocks + i / block * columns + j / block)]) return false;
                     if (c.has_prefix && j < prefix[static_cast<size_t>(b)]) return true;
                     return (!c.causal || j <= i) && (!c.window || i - j < c.window);
                 };
@@ -129,6 +144,9 @@ void test_attention(const CpuKernels& kernels, DType dtype) {
     test_case(kernels, dtype, {37, 141, 2, 2, 24, false, false, 0, false, 0});
     test_case(kernels, dtype, {66, 66, 3, 1, 24, true, false, 0, false, 19661});
     test_case(kernels, dtype, {0, 5, 2, 2, 8, false, false, 0, false, 0});
+    test_case(kernels, dtype, {150, 150, 2, 1, 16, true, false, 0, false, 0, 41, 0});
+    test_case(kernels, dtype, {150, 150, 2, 1, 16, true, false, 0, true, 19661, 0, 16});
+    test_case(kernels, dtype, {133, 150, 2, 2, 16, false, false, 0, false, 0, 70, 48});
 }
 
 }  // namespace trilith::tests

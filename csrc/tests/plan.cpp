@@ -2,6 +2,9 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
+#include <vector>
+
+#include "cuda/attention_plan.h"
 
 #include "tests/check.h"
 
@@ -35,9 +38,72 @@ void test_table(int64_t rows, int64_t width, int lanes, int multiprocessors) {
     check(plan.row_blocks >= 1 && plan.row_blocks <= 65535, what + ": the grid is allowed");
 }
 
+// Which tiles of scores are visited, against every score looked at by itself.
+void test_visits(const AttentionRule& rule, int num_queries, int num_keys, int rows, int columns, const std::string& what) {
+    for (int row = 0; row < num_queries; row += rows)
+        for (int column = 0; column < num_keys; column += columns) {
+            const int row_end = std::min(row + rows, num_queries), column_end = std::min(column + columns, num_keys);
+            const cuda::Hull hull = cuda::hull_of_rows(rule, 0, row, row_end, num_keys);
+            const cuda::Keys keys = cuda::keys_of(rule, 0, column, column_end);
+            bool some = false, all = true, some_live = false;
+            for (int i = row; i < row_end; ++i)
+                for (int j = column; j < column_end; ++j) {
+                    const cuda::Row r = cuda::row_of(rule, 0, i, num_keys);
+                    const int at = cuda::position_of(rule.key_positions, 0, 0, j);
+                    const bool seen = at >= r.first && at <= r.last && j >= r.begin && j < r.end;
+                    const auto* live = (const uint8_t*)rule.live;
+                    some_live = some_live || !live || live[i / rule.block * rule.live_columns + j / rule.block];
+                    some = some || seen, all = all && seen;
+                }
+            check(!some || cuda::is_seen(hull, keys), what + ": no tile is left out");
+            check(!cuda::is_seen_whole(hull, keys) || all, what + ": whole tiles are whole");
+            check(cuda::is_live(rule, 0, row, row_end, column, column_end) == some_live, what + ": live tiles");
+            // Where positions count through, no tile is visited for nothing, and each whole one is known.
+            if (rule.query_positions || rule.key_positions || rule.key_begins) continue;
+            check(some == cuda::is_seen(hull, keys) && all == cuda::is_seen_whole(hull, keys), what + ": exactly");
+        }
+}
+
+void test_attention() {
+    for (int features : {8, 64, 72, 96, 104, 128, 136, 256}) {
+        const int padded = cuda::padded_features(features);
+        check(padded >= features && padded % 16 == 0, "attention features");
+        const cuda::AttentionShape shapes[3] = {cuda::forward_shape(padded), cuda::query_shape(padded), cuda::key_shape(padded)};
+        for (int i = 0; i < 3; ++i) {
+            check(cuda::attention_bytes(shapes[i], i > 0) <= 163 << 10, "attention: what a block of an A100 may have");
+            check(shapes[i].columns % 16 == 0 && shapes[i].stride * 2 % 128 == 16, "attention: rows lie in different banks");
+        }
+    }
+    check(cuda::padded_features(4) == 0 && cuda::padded_features(264) == 0 && cuda::padded_features(68) == 0, "no such features");
+    const int length = 150;
+    std::vector<int64_t> prefix{70}, shuffled, begins, ends;
+    std::vector<uint8_t> live;
+    for (int i = 0; i < length; ++i) {
+        shuffled.push_back(i * 37 % length);
+        begins.push_back(i / 40 * 40), ends.push_back(std::min((i / 40 + 1) * 40, length));
+    }
+    for (int i = 0; i < 10 * 10; ++i) live.push_back(i * 7 % 5 == 0);
+    AttentionRule full{};
+    full.block = 16, full.live_columns = 10;
+    AttentionRule causal = full, window = full, both = full, prefixed = full, moved = full, documents = full, blocks = full;
+    causal.causal = true;
+    window.causal = true, window.window = 30;
+    both.window = 9;
+    prefixed.causal = true, prefixed.prefix = (Address)prefix.data();
+    moved.causal = true, moved.query_positions = moved.key_positions = (Address)shuffled.data();
+    documents.causal = true, documents.key_begins = (Address)begins.data(), documents.key_ends = (Address)ends.data();
+    blocks.live = (Address)live.data();
+    const AttentionRule rules[] = {full, causal, window, both, prefixed, moved, documents, blocks};
+    const char* names[] = {"full", "causal", "window", "both ways", "prefix", "shuffled", "documents", "blocks"};
+    for (int i = 0; i < 8; ++i)
+        for (int rows : {32, 64, 128})
+            for (int columns : {32, 64, 128}) test_visits(rules[i], length, length, rows, columns, names[i]);
+}
+
 }  // namespace
 
 void test_plans() {
+    test_attention();
     for (int lanes : {4, 8})
         for (bool is_backward : {false, true}) {
             for (int64_t width = 0; width <= 2100; ++width) test_rows(width, lanes, is_backward);

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from csrc.build import KernelsUnavailable, build_emulated
 from trilith.kernels.library import DTYPES
@@ -59,6 +61,9 @@ class Emulated:
         return call
 
     def _scratch(self, name: str, given: list[Any]) -> tuple[int, ...] | None:
+        if name == "attention_backward":
+            sizes = given[1]
+            return sizes.batch, sizes.num_heads, sizes.num_queries
         if name == "dropout_bias_backward":
             return given[7] * given[8], given[9]
         if name == "sum_of_squares":
@@ -75,3 +80,14 @@ class Emulated:
 
 
 DTYPES_ON_CUDA = [dtype for dtype in DTYPES if dtype != torch.float64]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where kernels run. `backend` is what chooses them there."""
+
+    where: torch.device
+    backend: str
+
+    def put(self, x: Tensor) -> Tensor:
+        return x.to(self.where)

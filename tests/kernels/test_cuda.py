@@ -6,47 +6,20 @@ same bits twice; random decisions and optimizers bit-equal to the processor's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.kernels.emulated import DTYPES_ON_CUDA, Emulated, module
+from tests.kernels.emulated import DTYPES_ON_CUDA, Device
 from trilith.kernels import library, ops, reference
 from trilith.kernels.ops import optimizer
 from trilith.kernels.stream import dropout_keep, threshold
 
 pytestmark = pytest.mark.skipif(library.CPU is None, reason=library.MISSING)
 LOW = pytest.mark.parametrize("dtype", DTYPES_ON_CUDA, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where kernels run. `backend` is what chooses them there."""
-
-    where: torch.device
-    backend: str
-
-    def put(self, x: Tensor) -> Tensor:
-        return x.to(self.where)
-
-
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """A GPU, or the processor with the CUDA kernels in the place of its own."""
-    if request.param == "cuda":
-        if not torch.cuda.is_available() or library.cuda_refusal(0):
-            pytest.skip(library.cuda_refusal(0) if torch.cuda.is_available() else "no CUDA device")
-        yield Device(torch.device("cuda", 0), "fused")
-        return
-    kernels = module()
-    if isinstance(kernels, str):
-        pytest.skip(kernels)
-    monkeypatch.setattr(library, "CPU", Emulated(kernels))
-    yield Device(torch.device("cpu"), "fused")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -5,6 +5,8 @@
 // launch. A wait that cannot end is an error, not a standstill. csrc/build.py translates launches (<<< >>>) into calls of `launch`.
 #pragma once
 
+#define TRILITH_EMULATED
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +19,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time, in one thread
+#define __grid_constant__
 
 struct dim3 {
     unsigned x, y, z;
@@ -32,6 +35,7 @@ struct alignas(16) uint4 {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {};
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -50,11 +54,11 @@ struct Place {
 // Of the fiber that runs.
 extern Place now;
 
-void run(dim3 grid, dim3 block, const std::function<void()>& thread);
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 
 template <class... Parameters, class... Arguments>
-void launch(dim3 grid, dim3 block, size_t, cudaStream_t, void (*kernel)(Parameters...), Arguments... arguments) {
-    run(grid, block, [&] { kernel(Parameters(arguments)...); });
+void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, void (*kernel)(Parameters...), Arguments... arguments) {
+    run(grid, block, shared_bytes, [&] { kernel(Parameters(arguments)...); });
 }
 
 // Waits until `count` threads of the block wait at barrier `id`, or, with a count of 0, all that have not ended.
@@ -62,6 +66,16 @@ void wait(int id, int count);
 // `bits` of the lane whose number differs by xor with `step`, within aligned parts of `width` lanes; all lanes of a warp call it.
 uint32_t exchange(uint32_t bits, int step, int width);
 uint64_t exchange(uint64_t bits, int step, int width);
+// The bit of each lane of the warp, all of which call it.
+uint32_t ballot(bool bit);
+
+// What csrc/cuda/mma.h has. A copy is made when it is waited for, not before.
+unsigned char* dynamic_shared();
+void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_half);
+void load_matrices(uint32_t (&out)[4], const void* row, bool transposed);
+void copy_begin(void* shared, const void* global, bool wanted);
+void copies_close();
+void copies_wait(int left);
 
 }  // namespace trilith::emulated
 
@@ -87,6 +101,15 @@ inline double __shfl_xor_sync(uint32_t, double x, int step, int width = 32) {
     std::memcpy(&bits, &x, sizeof bits);
     bits = trilith::emulated::exchange(bits, step, width);
     return std::memcpy(&x, &bits, sizeof x), x;
+}
+inline int __shfl_xor_sync(uint32_t, int x, int step, int width = 32) {
+    return static_cast<int>(trilith::emulated::exchange(static_cast<uint32_t>(x), step, width));
+}
+inline uint32_t __ballot_sync(uint32_t, bool bit) { return trilith::emulated::ballot(bit); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
+    return cudaSuccess;
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from trilith.errors import KernelError
 
-
 BLOCK_GRAIN = 16
 
 
@@ -51,7 +50,7 @@ class AttentionMask:
     slopes[h] * (y - x) added (ALiBi, Press et al. 2022). `query_positions` (S,) or (B, S) and `key_positions`, int64, are
     the positions where they are not 0, 1, 2, ... (packed or reordered sequences). `key_begins` and `key_ends`, int64 of the
     shape of query positions: the keys that a query may see at all, by their place in memory, begin <= place < end (documents
-    packed into one sample: see `documents`). `blocks`: scores outside of its live blocks are not computed.
+    of a packed sample: `document_mask`). `blocks`: scores outside of its live blocks are not computed.
     """
 
     causal: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from trilith.kernels.library import DTYPES, LIBRARY, address
 from trilith.kernels.mask import CAUSAL, AttentionMask, BlockLayout
 from trilith.kernels.ops.library_form import define, differentiate
 from trilith.kernels.stream import Key, threshold
+
+_CUDA_PACK, _CUDA_MOST_FEATURES = 8, 256
 
 
 def attention(
@@ -43,7 +46,7 @@ def attention(
     heads = head_range or (0, q.shape[2])
     how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, heads[0])
     kv_index = how.kv_index
-    if library.takes("attention", backend, q, k, v, on_cuda=False):
+    if _takes(backend, q, k, v):
         return _library(q, k, v, how)[0] if library.is_traced(q) else _Attention.apply(q, k, v, how)
     if backend == "reference" or dropout_p > 0.0 or not mask.is_plain:
         return reference.attention(
@@ -83,7 +86,7 @@ def packed_attention(
             f"attention: qkv {tuple(qkv.shape)} with {num_heads} heads of {head_dim}: must be (B, S, (N + 2 K) D)"
         )
     q, k, v = _split(qkv, num_heads, head_dim)
-    if library.takes("attention", backend, qkv, on_cuda=False) and not library.is_traced(qkv):
+    if _takes(backend, q) and not library.is_traced(qkv):
         first = head_range[0] if head_range else 0
         how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, first)
         return _PackedAttention.apply(qkv, num_heads, head_dim, how)
@@ -100,6 +103,24 @@ def packed_attention(
         backend=backend,
     )
     return mixed.flatten(2)
+
+
+def _takes(backend: str, q: Tensor, *others: Tensor) -> bool:
+    """Whether attention runs natively; raises KernelError where `backend` is "fused" and it cannot."""
+    reason = _cuda_limit(q) if q.is_cuda else ""
+    if reason and backend == "fused":
+        raise KernelError(f"attention: backend 'fused': {reason}")
+    return not reason and library.takes("attention", backend, q, *others)
+
+
+def _cuda_limit(q: Tensor) -> str:
+    """Why the CUDA kernels do not take heads like these of q (B, S, N, D); empty if they do."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{q.dtype} on {q.device}: the CUDA kernels take bf16 and fp16"
+    features = q.shape[-1]
+    if features % _CUDA_PACK or not 0 < features <= _CUDA_MOST_FEATURES:
+        return f"heads of {features} features on {q.device}: must be a multiple of {_CUDA_PACK} up to {_CUDA_MOST_FEATURES}"
+    return "" if LIBRARY is not None else library.MISSING  # its structures hold the arguments
 
 
 def _split(qkv: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +196,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> Any:
 class _Rule:
     """The native form of a `_How`; holds what its addresses point to."""
 
-    def __init__(self, how: _How) -> None:
+    def __init__(self, how: _How, device: torch.device) -> None:
         assert LIBRARY is not None
         mask, p = how.mask, how.dropout_p
         live, ranges = None if mask.blocks is None else mask.blocks.live, (mask.key_begins, mask.key_ends)
@@ -186,6 +207,7 @@ class _Rule:
             held[1] = held[1].double()
         prefix, slopes, queries, keys, begins, ends, live, samples = self.held = tuple(held)
         self.kv_index = array("q", how.kv_index)
+        self._on_device = None if device.type == "cpu" else _indices_on(how.kv_index, device)
         self.native = LIBRARY.AttentionRule(
             mask.causal,
             mask.window or 0,
@@ -211,20 +233,30 @@ class _Rule:
     @property
     def heads(self) -> int:
         """Where the key/value head of each query head stands."""
-        return self.kv_index.buffer_info()[0]
+        return self.kv_index.buffer_info()[0] if self._on_device is None else self._on_device.data_ptr()
+
+
+@lru_cache(maxsize=64)
+def _indices_on(kv_index: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(kv_index, dtype=torch.int64, device=device)
 
 
 def _readable(x: Tensor) -> Tensor:
-    """`x` with neighbouring features: as it is, or a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """`x` with neighbouring features, and on CUDA heads that begin at multiples of 16 bytes: as it is, or a copy."""
+    is_readable = x.stride(-1) == 1 or x.shape[-1] == 1
+    if x.is_cuda:
+        strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        is_aligned = x.data_ptr() % 16 == 0 and all(size <= 1 or stride % _CUDA_PACK == 0 for size, stride in strides)
+        is_readable = is_readable and is_aligned
+    return x if is_readable else x.contiguous()
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, how: _How) -> tuple[Tensor, Tensor]:
     """The result (B, S, N, D), and the log-sum-exp of each query's scores (B, N, S), wide."""
     q, k, v = _readable(q), _readable(k), _readable(v)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=reference.accumulation_dtype(q.dtype))
-    rule = _Rule(how)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=reference.accumulation_dtype(q.dtype))
+    rule = _Rule(how, q.device)
     library.run(
         "attention_forward",
         q,
@@ -247,7 +279,7 @@ def _backward(
     """Gradients of q, k and v, written to the tensors of `into`, whose features are neighbours."""
     dout, q, k, v = dout.contiguous(), _readable(q), _readable(k), _readable(v)
     dq, dk, dv = into
-    rule = _Rule(how)
+    rule = _Rule(how, q.device)
     library.run(
         "attention_backward",
         q,
@@ -265,6 +297,7 @@ def _backward(
         dk.data_ptr(),
         dv.data_ptr(),
         _sizes(dq, dk, dv),
+        scratch=(q.shape[0], q.shape[2], q.shape[1]),
     )
 
 
@@ -282,7 +315,7 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        into = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        into = tuple(x.new_empty(x.shape) for x in (q, k, v))
         _backward(gradients[0], q, k, v, out, lse, ctx.how, into)
         return (*into, None)
 
@@ -302,7 +335,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse = ctx.saved_tensors
         num_heads, head_dim, how = ctx.about
-        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+        dqkv = qkv.new_empty(qkv.shape)
         into = _split(dqkv, num_heads, head_dim)
         _backward(gradients[0], *_split(_readable(qkv), num_heads, head_dim), out, lse, how, into)
         return dqkv, None, None, None
