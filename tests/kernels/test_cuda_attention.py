@@ -1,7 +1,7 @@
 """Attention's CUDA kernels: on the processor, whose emulator has their matrix instructions, and on a GPU, if any.
 
-Every mask, width and grouping of heads; error at most twice that of plain torch in the same dtype, gradients three times, in
-norm; the same bits twice; dropout decisions bit-equal to the processor's kernel.
+Every mask, width and grouping of heads; error at most twice that of plain torch in the same dtype, gradients three times,
+in norm; the same bits twice; what dropout keeps is what it keeps on the processor.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class AttentionMask:
     before it are seen by all queries of the sample (ChatGLM, Du et al. 2022). `slopes` (N,): the score of head h gets
     slopes[h] * (y - x) added (ALiBi, Press et al. 2022). `query_positions` (S,) or (B, S) and `key_positions`, int64, are
     the positions where they are not 0, 1, 2, ... (packed or reordered sequences). `key_begins` and `key_ends`, int64 of the
-    shape of query positions: the keys that a query may see at all, by their place in memory, begin <= place < end (documents
-    of a packed sample: `document_mask`). `blocks`: scores outside of its live blocks are not computed.
+    shape of query positions: the keys that a query may see at all, by their place in memory, begin <= place < end, as of
+    the documents of a packed sample (`document_mask`). `blocks`: scores outside of its live blocks are not computed.
     """
 
     causal: bool = True
