@@ -193,9 +193,9 @@ def _attention(model: ModelConfig, setting: ActivationSetting, heads: _Heads) ->
         return packed + queries + softmax_sums
     sparse = None if isinstance(setting.sparse, DenseBlocks) else setting.sparse
     if model.attention_dropout > 0.0 or sparse is not None:
-        # The reference: q, k and v of all heads in full precision, S x S matrices (the softmax, and after the zeroes of
-        # blocks that see nothing; with dropout its factors and its result), and which keys are not seen.
-        matrices = (1 if sparse is None else 2) + (2 if model.attention_dropout > 0.0 else 0)
+        # The reference: q, k and v of all heads in full precision, S x S matrices (the softmax, the factors of dropout,
+        # and what multiplies v), and which keys are not seen.
+        matrices = 3 if model.attention_dropout > 0.0 else 2
         squares = matrices * tokens * model.sequence_length * heads.queries * wide
         layouts = heads.queries if sparse is not None and differs_by_head(sparse) else 1
         unseen = model.sequence_length**2 * BOOL_BYTES * layouts
