@@ -305,6 +305,27 @@ ZERO = (
     ),
 )
 
+BLOCKS = {"model.sequence_length": 128, "sparse_attention.mode": "bigbird"}
+
+SPARSE = (
+    BrokenConfig(
+        "typo_in_mode", edited(BLOCKS | {"sparse_attention.mode": "bigbrid"}), "sparse_attention.mode", "bigbird"
+    ),
+    BrokenConfig(
+        "key_of_another_mode",
+        edited(BLOCKS | {"sparse_attention.num_local_blocks": 8}),
+        "sparse_attention.num_local_blocks",
+        "bigbird takes mode, block",
+    ),
+    BrokenConfig("uneven_block", edited(BLOCKS | {"sparse_attention.block": 48}), "sparse_attention.block", "Use 16"),
+    BrokenConfig(
+        "causal_family_looks_ahead",
+        edited(BLOCKS | {"sparse_attention.attention": "bidirectional"}),
+        "sparse_attention.attention",
+        "is causal",
+    ),
+)
+
 REFUSED = (
     _wrong("quantised_weights", "zero_optimization.zero_quantized_weights", True, "quantised collectives"),
     _wrong("super_offload", "zero_optimization.offload_optimizer.super_offload", True, "SuperOffload"),
@@ -363,6 +384,7 @@ BROKEN_CONFIGS: tuple[BrokenConfig, ...] = (
     *CONTRADICTIONS,
     *SCHEDULES,
     *ZERO,
+    *SPARSE,
     *REFUSED,
     *PREFLIGHT,
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.config.model_keys import ModelConfig
+from trilith.config.sparse_keys import SparseBlocks
 from trilith.kernels.stream import fill_box
 from trilith.models.base import LocalParameter, UnitDecl
 from trilith.models.batch import Microbatch
@@ -57,13 +58,14 @@ def make_stage(
     recompute: str = "none",
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float64,
+    sparse: SparseBlocks | None = None,
 ) -> StageModel:
     """The stage of `units` (None: the whole model) on the topology's device, with the test's values, in training mode."""
     stage = build_stage(
         model,
         declare(model) if units is None else units,
         topology,
-        StageOptions(recompute, SEED, sequence_parallel, dtype),
+        StageOptions(recompute, SEED, sequence_parallel, dtype, sparse=sparse),
     )
     values = {p.name: nn.Parameter(local_value(p, dtype, topology.device)) for p in stage.local_parameters}
     by_identity = {id(parameter): values[name] for name, parameter in stage.named_parameters()}

@@ -48,6 +48,7 @@ def build_stages(
                 backends=chosen(config.kernels),
                 fused_loss=config.kernels.fused_loss,
                 z_loss=config.training.z_loss,
+                sparse=config.sparse_attention,
                 compiles=(config.compile.backend, config.compile.mode) if config.compile.enabled else None,
             ),
         )

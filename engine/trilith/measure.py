@@ -246,7 +246,10 @@ class _Measurement:
 
 def _materialise(stage: StageModel, device: torch.device, seed: int) -> None:
     """Give a stage from the meta device storage, and its parameters their initial values."""
+    buffers = dict(stage.named_buffers())
     stage.to_empty(device=device)
+    for name, buffer in stage.named_buffers():
+        buffer.copy_(buffers[name])
     found = dict(stage.named_parameters())
     with torch.no_grad():
         for local in stage.local_parameters:

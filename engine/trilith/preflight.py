@@ -19,7 +19,7 @@ from trilith.data.batch import check_data, open_batches
 from trilith.errors import ConfigError, DataError, OffloadError, Violation
 from trilith.models.activations import ActivationBytes, boundary_bytes, stage_activations
 from trilith.models.base import UnitDecl, num_parameters, stage_parameters, train_flops_per_token
-from trilith.models.families import declare, rules
+from trilith.models.families import attention_density, declare, describe_attention, rules
 from trilith.pipeline.action import Schedule
 from trilith.pipeline.memory import RankMemory, activation_setting
 from trilith.pipeline.of_config import asked_problems, asked_schedule, completed, tied_ranks
@@ -169,7 +169,7 @@ def _require_compilable(plan: Plan) -> None:
 
 def _plan(resolved: Resolved, measured: Measured | None) -> Plan:
     config = resolved.config
-    units = declare(config.model)
+    units = declare(config.model, attention_density(config))
     ranking = None
     if config.pipeline.schedule == AUTO or config.pipeline.partition == AUTO:
         ranking = _search(config, units, measured)
@@ -361,6 +361,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     return {
         **plan.resolved.to_json(),
         "parameters": num_parameters(plan.units),
+        "attention_density": attention_density(plan.config),
         "train_flops_per_token": {
             "causal": train_flops_per_token(plan.units, causal=True),
             "noncausal": train_flops_per_token(plan.units, causal=False),
@@ -424,6 +425,7 @@ def describe(plan: Plan) -> str:
         f"model        {config.model.family}, {num_parameters(plan.units):,} parameters, "
         f"{train_flops_per_token(plan.units, True):.4g} FLOP per token (causal; "
         f"{train_flops_per_token(plan.units, False):.4g} non-causal)",
+        *describe_attention(config, "attention" in activation_setting(config).fused),
         *_schedule_lines(plan),
         "stages",
     ]

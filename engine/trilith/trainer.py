@@ -276,7 +276,7 @@ class Trainer:
         """
         self.failpoints.hit("checkpoint_load")
         manifest = checkpoint.read_manifest(directory)
-        self._require_same_model(directory, manifest.state["config"]["model"])
+        self._require_same_model(directory, manifest.state["config"])
         if manifest.state["data"] != self.feed.train_data.fingerprint:
             raise CheckpointError(
                 f"{directory}: was trained on other data ({manifest.state['data']}) than this config names "
@@ -295,12 +295,13 @@ class Trainer:
         self.model.after_load()
 
     def _require_same_model(self, directory: Path, saved: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose model section differs in what shapes the parameters or their use."""
-        mine = self.plan.resolved.to_json()["config"]["model"]
-        for name in sorted(mine.keys() - {"dropout", "attention_dropout", "init_std"}):
-            if saved.get(name) != mine[name]:
+        """Refuse a checkpoint whose config differs in what shapes the parameters or their use."""
+        mine = _what_makes_the_model(self.plan.resolved.to_json()["config"])
+        other = _what_makes_the_model(saved)
+        for name in sorted(mine):
+            if other.get(name) != mine[name]:
                 raise CheckpointError(
-                    f"{directory}: model.{name} = {saved.get(name)!r} in the checkpoint, {mine[name]!r} in this config"
+                    f"{directory}: {name} = {other.get(name)!r} in the checkpoint, {mine[name]!r} in this config"
                 )
 
     def close(self) -> None:
@@ -323,3 +324,13 @@ class Trainer:
         if self.config.memory_breakdown:
             found |= {f"memory_{name}_bytes": count for name, count in self.model.memory_bytes().items()}
         return found
+
+
+def _what_makes_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a resolved config, as JSON, says which function of its parameters a model is; by dotted key."""
+    regularisers = ("dropout", "attention_dropout", "init_std")
+    found = {f"model.{name}": value for name, value in config["model"].items() if name not in regularisers}
+    sparse = config.get("sparse_attention")
+    if sparse is not None and sparse.get("num_random_blocks"):
+        found["training.seed"] = config["training"]["seed"]  # which draws the random blocks
+    return found | {"sparse_attention": sparse}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 
 from tests.harness import run_ranks
 from tests.model_cases import SEED, microbatch, small, tensor_topology
+from trilith.config.sparse_keys import BigBirdBlocks
 from trilith.kernels.backends import DEFAULT, TORCH, Backends, native_families
 from trilith.kernels.weight_queue import WeightQueue
 from trilith.models.activations import ActivationSetting, boundary_bytes, stage_activations
@@ -56,7 +57,9 @@ def compare(rank: int, world_size: int, family: str, changes: dict[str, Any], ho
         queue = WeightQueue()
         options = {"recompute": "none", "sequence_parallel": False, "seed": SEED, "dtype": dtype, "queue": queue}
         options |= {"backends": backends, **how}
-        stage = build_stage(model, chosen, topology, StageOptions(**options)).to_empty(device="cpu")
+        stage = build_stage(model, chosen, topology, StageOptions(**options))
+        layout = stage.live_blocks
+        stage.to_empty(device="cpu").live_blocks = layout
         for parameter in stage.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         predicted = stage_activations(model, [unit.name for unit in chosen], setting)
@@ -95,6 +98,18 @@ def test_predicted_bytes_are_the_measured_ones(
 def test_on_torchs_own_ops(family: str, dropout: dict[str, float]) -> None:
     torchs = Backends(*[TORCH] * len(fields(Backends)))
     assert_close(compare(0, 1, family, dropout, {"backends": torchs}))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=("native", "torch"))
+@pytest.mark.parametrize("by_head", [True, False], ids=("by_head", "alike"))
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=("plain", "dropout"))
+def test_with_blocks_left_out(dropout: dict[str, float], by_head: bool, native: bool) -> None:
+    """Our op keeps nothing of the layout; the reference keeps what is not seen, of all heads or by head."""
+    sparse = BigBirdBlocks(mode="bigbird", different_layout_per_head=by_head)
+    how: dict[str, Any] = {"sparse": sparse}
+    if not native:
+        how["backends"] = replace(DEFAULT, attention=TORCH)
+    assert_close(compare(0, 1, "gpt2", {**dropout, "sequence_length": 64}, how))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

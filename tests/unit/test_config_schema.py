@@ -120,6 +120,7 @@ def fits(value: Any) -> bool:
         edited({"zero_optimization": {"stage": 3, "cpu_offload": True, "prefetch_bucket_size": "auto"}}),
         edited({"zero_optimization.offload_optimizer": {"device": "cpu", "fast_init": False, "ratio": 0.5}}),
         edited({"aio": {"thread_count": 1, "overlap_events": True}}),
+        edited({"sparse_attention": {"mode": "bigbird", "num_random_blocks": 2}}),
     ],
 )
 def test_schema_accepts_what_loads(source: dict[str, Any]) -> None:

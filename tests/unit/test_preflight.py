@@ -200,6 +200,7 @@ def test_json() -> None:
     assert set(content) == {
         *("config", "origins", "notes", "world_size", "parameters", "train_flops_per_token", "stages", "ranks"),
         *("groups", "bubble", "bubble_makespan", "peak_microbatches", "schedule", "ranking", "gathers"),
+        "attention_density",
     }
     assert content["world_size"] == 8 and content["parameters"] == num_parameters(found.units)
     assert set(content["train_flops_per_token"]) == {"causal", "noncausal"}

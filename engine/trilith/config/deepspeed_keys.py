@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trilith.config.sparse_keys import of_its_mode
+
 
 class RefusedValue(Exception):
     """Raised by a conversion for a value that has no counterpart; carries the rule and the fix."""
@@ -188,6 +190,10 @@ TOP_LEVEL = (
     _map("bfloat16", "bf16", "the old name of bf16"),
     _map("zero_optimization", "zero_optimization", "the old form: true is stage 1, false stage 0", _switch_to_stage),
     _map("zero_optimization.aio", "aio", "a section of its own; published examples have it here"),
+    _map(
+        *("sparse_attention", "sparse_attention", "fixed where it names no mode, without the defaults of other modes"),
+        convert=of_its_mode,
+    ),
 )
 
 OPTIMIZER = (
@@ -424,7 +430,6 @@ METHODS = (
     _refuse_block("curriculum_learning", _HYPER, "Remove it; model.sequence_length is fixed."),
     _refuse_block("progressive_layer_drop", _HYPER, "Remove it."),
     _refuse_block("eigenvalue", _HYPER, "Remove it."),
-    _refuse("sparse_attention", "attention is dense and causal", "Remove it.", (None, {}, False)),
     _refuse("compression_training", _NO_QUANTISATION, "Remove it.", (None, {}, False)),
     _refuse("weight_quantization", _NO_QUANTISATION, "Remove it.", (None, {}, False)),
     _refuse_block("quantize_training", _NO_QUANTISATION, "Remove it."),

@@ -195,7 +195,7 @@ def _contradictions_beside(given: _Input) -> list[Violation]:
         tainted.add(path)
         if path in _STAND_INS:
             put(tree, path, _STAND_INS[path])
-        elif path.startswith(("optimizer", "scheduler")):
+        elif path.startswith(("optimizer", "scheduler", "sparse_attention")):
             tree.pop(path.split(".")[0], None)
             tainted.add(path.split(".")[0])
         else:

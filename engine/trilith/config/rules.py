@@ -15,6 +15,7 @@ from trilith.config.layout_keys import ASYNCHRONOUS, FROM_FILE
 from trilith.config.model_keys import ModelConfig
 from trilith.config.rule import Rule, one_of_its_divisors
 from trilith.config.schema import Config
+from trilith.config.sparse_rules import SPARSE_RULES, sparse_notes
 from trilith.config.training_keys import AdamConfig, SGDConfig, WarmupDecayLRConfig, WarmupLRConfig, WSDConfig
 from trilith.config.zero_rules import ZERO_RULES, zero_notes
 from trilith.errors import Violation
@@ -305,6 +306,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("scheduler", "optimizer.params.lr"), warmup_rises),
     Rule(("scheduler", "training.steps"), schedule_fits_its_length),
     Rule(("training.log_interval", "steps_per_print"), one_rhythm_of_progress),
+    *SPARSE_RULES,
     *ZERO_RULES,
 )
 
@@ -352,6 +354,7 @@ def notes_of(config: Config, was_given: Callable[[str], bool]) -> list[str]:
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:
         notes.append("parallel.sequence_parallel: has no effect with parallel.tensor 1")
     notes += _pipeline_notes(config)
+    notes += sparse_notes(config, was_given)
     notes += zero_notes(config)
     if isinstance(config.optimizer, AdamConfig):
         kind = "decoupled (AdamW)" if config.optimizer.decoupled_decay else "added to the gradient (L2)"

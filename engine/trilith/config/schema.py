@@ -24,6 +24,7 @@ from trilith.config.run_keys import (
     TensorBoardConfig,
     TrainingConfig,
 )
+from trilith.config.sparse_keys import SparseAttentionConfig
 from trilith.config.training_keys import (
     AdamWConfig,
     Bf16Config,
@@ -88,6 +89,9 @@ class Config(ConfigModel):
     """One run. After `resolve` nothing is "auto" but what preflight decides; `model` is None only with needs="engine"."""
 
     model: OrAbsent[ModelConfig] = key(None, "The transformer to train; a run needs it, trilith.initialize does not.")
+    sparse_attention: SparseAttentionConfig | None = key(
+        None, "Which blocks of attention's scores are computed, in all layers alike; null: all that causality allows."
+    )
     data: DataConfig = key(DataConfig(), "Where samples come from.")
     training: TrainingConfig = key(TrainingConfig(), "Length and rhythm of the run.")
     parallel: ParallelConfig = key(ParallelConfig(), "Degrees of parallelism.")

@@ -15,10 +15,12 @@ from pydantic_core import ErrorDetails
 from trilith.config.base import AUTO, NotGiven, dotted, shown
 from trilith.config.deepspeed import UNKNOWN_KEY
 from trilith.config.schema import Config, field_infos, sections, takes_auto
+from trilith.config.sparse_keys import MODES
 from trilith.config.suggest import advice
 from trilith.errors import Violation
 
 Path = tuple[str | int, ...]
+SPARSE = "sparse_attention"  # the section whose kind stands in `mode`, not in `type`
 
 _DTYPES = MappingProxyType(
     {
@@ -115,10 +117,10 @@ def _problem(detail: ErrorDetails, tree: Any) -> Problem:
     if kind == "union_tag_not_found":
         if not isinstance(value, dict):
             return Problem(path, Violation(dotted(path), shown(value), "must be an object"))
-        path = (*path, "type")
+        path = (*path, _tag(path))
         return Problem(path, Violation(dotted(path), NotGiven(), _required(dotted(path)), _kinds(path)))
     if kind == "union_tag_invalid":
-        path, tag = (*path, "type"), value.get("type")
+        path, tag = (*path, _tag(path)), value.get(_tag(path))
         rule, fix = f"must be one of {context['expected_tags']}", _nearest(tag, context["expected_tags"])
         return Problem(path, Violation(dotted(path), shown(tag), rule, fix))
     if kind == "missing":
@@ -136,6 +138,10 @@ def _problem(detail: ErrorDetails, tree: Any) -> Problem:
 def _unknown(path: Path, value: Any, tree: Any) -> Problem:
     """An unknown key: what it may have meant, or which kind of section does not take it."""
     name = dotted(path)
+    mode = _at(tree, (*path[:1], "mode"))
+    if path[0] == SPARSE and name in field_infos() and mode in MODES:
+        takes = f"{mode} takes {', '.join(MODES[mode].model_fields)}."
+        return Problem(path, Violation(name, shown(value), f"mode {mode} has no such key", takes))
     kind = _at(tree, (*path[:1], "type"))
     if len(path) == 3 and path[1] == "params" and name in field_infos() and isinstance(kind, str):
         takes = f"{kind} takes {', '.join(_parameters(str(path[0]), kind))}."
@@ -153,13 +159,18 @@ def _parameters(section: str, kind: str) -> list[str]:
     return []
 
 
+def _tag(path: Path) -> str:
+    """The key that says of which kind the section at `path` is."""
+    return "mode" if path[:1] == (SPARSE,) else "type"
+
+
 def _kinds(path: Path) -> str:
-    section = str(path[0])
+    section, tag = str(path[0]), str(path[-1])
     names = [
         repr(name)
         for model in sections(Config.model_fields[section].annotation)
-        if "type" in model.model_fields
-        for name in get_args(model.model_fields["type"].annotation)
+        if tag in model.model_fields
+        for name in get_args(model.model_fields[tag].annotation)
     ]
     return f"One of {', '.join(names)}."
 
@@ -169,7 +180,7 @@ def _clean(location: tuple[int | str, ...], tree: Any) -> Path:
     path: list[str | int] = []
     node = tree
     for part in location:
-        if isinstance(node, dict) and part not in node and node.get("type") == part:
+        if isinstance(node, dict) and part not in node and node.get(_tag(tuple(path))) == part:
             continue
         path.append(part)
         if isinstance(node, dict):

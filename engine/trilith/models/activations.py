@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trilith.config.model_keys import ModelConfig
+from trilith.config.sparse_keys import DenseBlocks, SparseBlocks
+from trilith.layers.sparsity import differs_by_head
 from trilith.models.decoder_declaration import EMBEDDING, HEAD, head_dim, kv_split, vocabulary_split
 
 INT64_BYTES = 8
@@ -26,7 +28,8 @@ class ActivationSetting:
 
     `recompute` is `none`, `selective` or `full`; `dtype_bytes` those of an activation. `fused`: the families
     of ops that are one kernel and keep its inputs only (native ones; torch's norm on a GPU), not torch's chains of ops.
-    `fused_loss`: the last product and the loss are one op, in schedules that leave backward whole.
+    `fused_loss`: the last product and the loss are one op, in schedules that leave backward whole. `sparse`: the blocks of
+    scores that attention computes, where these are not all.
     """
 
     batch_size: int
@@ -36,6 +39,7 @@ class ActivationSetting:
     dtype_bytes: int = 4
     fused: frozenset[str] = frozenset()
     fused_loss: bool = False
+    sparse: SparseBlocks | None = None
 
     @property
     def wide_bytes(self) -> int:
@@ -187,10 +191,14 @@ def _attention(model: ModelConfig, setting: ActivationSetting, heads: _Heads) ->
     softmax_sums = tokens * heads.queries * wide
     if "attention" in setting.fused:
         return packed + queries + softmax_sums
-    if model.attention_dropout > 0.0:
-        # The reference: q, k and v of all heads in full precision, three S x S matrices, and which keys lie ahead.
-        squares = 3 * tokens * model.sequence_length * heads.queries * wide
-        ahead = model.sequence_length**2 * BOOL_BYTES
-        return 3 * queries // element * wide + squares + ahead + queries
+    sparse = None if isinstance(setting.sparse, DenseBlocks) else setting.sparse
+    if model.attention_dropout > 0.0 or sparse is not None:
+        # The reference: q, k and v of all heads in full precision, S x S matrices (the softmax, the factors of dropout,
+        # and what multiplies v), and which keys are not seen.
+        matrices = 3 if model.attention_dropout > 0.0 else 2
+        squares = matrices * tokens * model.sequence_length * heads.queries * wide
+        layouts = heads.queries if sparse is not None and differs_by_head(sparse) else 1
+        unseen = model.sequence_length**2 * BOOL_BYTES * layouts
+        return 3 * queries // element * wide + squares + unseen + queries
     copied = 0 if heads.regular else 2 * queries  # keys and values repeated for each query head
     return packed + copied + queries + softmax_sums

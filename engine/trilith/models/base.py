@@ -89,7 +89,8 @@ class UnitDecl:
     """One entry of the pipeline's list.
 
     `matmul_flops` are the forward FLOPs a token spends in matrix products with weights, `attention_flops` those of
-    the two attention products a token spends over the whole sequence, counted non-causal (half of it is causal).
+    the two attention products a token spends over the whole sequence, counted non-causal (half of it is causal); of
+    block-sparse attention only the live share.
     """
 
     name: str

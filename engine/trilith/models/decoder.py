@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from trilith.config.model_keys import ModelConfig
-from trilith.layers.attention import Attention, AttentionDropout, HeadShard
+from trilith.config.sparse_keys import SparseBlocks
+from trilith.kernels.mask import AttentionMask, BlockLayout
+from trilith.layers.attention import Attention, AttentionDropout, HeadShard, block_layout
 from trilith.layers.dropout import Dropout
 from trilith.layers.embedding import VocabularyShard
 from trilith.layers.linear import ColumnParallelLinear
@@ -27,6 +29,7 @@ class StageSettings:
 
     `fused_loss`: the last product and the loss are one op, which never holds the logits whole and makes their gradients in
     forward (`ops.linear_cross_entropy`): for last stages whose backward follows at once. `z_loss`: see LossSettings.
+    `sparse`: which blocks of scores attention computes, in all layers alike; None: all.
     """
 
     model: ModelConfig
@@ -35,6 +38,7 @@ class StageSettings:
     recompute: str
     fused_loss: bool = False
     z_loss: float = 0.0
+    sparse: SparseBlocks | None = None
 
     def dropout(self, site: str) -> Dropout:
         """Dropout of the residual stream at `site`, a canonical name such as `layers.3.mlp`."""
@@ -55,6 +59,11 @@ class StageSettings:
             self.placement,
         )
 
+    def block_layout(self) -> BlockLayout | None:
+        """The live blocks of this rank's heads; None: all."""
+        heads = head_shard(self.model, self.placement.group)
+        return block_layout(self.sparse, heads, self.model.sequence_length, self.seed)
+
     @property
     def ffn_features(self) -> int:
         """F/t: inner MLP features of this rank."""
@@ -66,12 +75,13 @@ class StageInput:
     """A microbatch with what the units of a stage share.
 
     `region_positions` (S/t or S,) are the positions that this rank holds in the sequence region; `rotary` are cos
-    and sin (S, D/2) of all positions, for families that rotate.
+    and sin (S, D/2) of all positions, for families that rotate; `mask` is what the queries of its heads see.
     """
 
     batch: Microbatch
     region_positions: Tensor
     rotary: tuple[Tensor, Tensor] | None
+    mask: AttentionMask
 
 
 def head_shard(model: ModelConfig, group: Group) -> HeadShard:

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trilith.config import Config
 from trilith.config.model_keys import ModelConfig
+from trilith.config.sparse_keys import DenseBlocks
 from trilith.errors import Violation
+from trilith.layers.sparsity import causal_density
 from trilith.models.base import UnitDecl
 from trilith.models.gpt2 import declaration as gpt2
 from trilith.models.llama import declaration as llama
 
 
-def declare(model: ModelConfig) -> tuple[UnitDecl, ...]:
-    """The units of `model` (resolved: no "auto" left), in pipeline order."""
+def declare(model: ModelConfig, density: float = 1.0) -> tuple[UnitDecl, ...]:
+    """The units of `model` (resolved: no "auto" left), in pipeline order.
+
+    `density`: the share of attention's blocks that are computed, and counted in the FLOPs (`attention_density`).
+    """
     match model.family:
         case "gpt2":
-            return gpt2.declare(model)
+            units = gpt2.declare(model)
         case "llama":
-            return llama.declare(model)
+            units = llama.declare(model)
+    return tuple(replace(unit, attention_flops=unit.attention_flops * density) for unit in units)
+
+
+def attention_density(config: Config) -> float:
+    """The share of the blocks of scores that causality allows which `sparse_attention` keeps; 1 without it."""
+    sparse, model = config.sparse_attention, config.model
+    if sparse is None:
+        return 1.0
+    return causal_density(sparse, model.num_heads, model.sequence_length // sparse.block, config.training.seed)
+
+
+def describe_attention(config: Config, is_native: bool) -> list[str]:
+    """What is left of attention where it is block-sparse, as lines of `trilith check`; `is_native`: our op runs."""
+    sparse = config.sparse_attention
+    if sparse is None:
+        return []
+    masks = (
+        "" if is_native or isinstance(sparse, DenseBlocks) else "; torch's ops compute all of them, and mask the others"
+    )
+    share = f"{attention_density(config):.1%} of the causal blocks of {sparse.block} tokens are live"
+    return [f"attention    {sparse.mode}, {share}{masks}"]
 
 
 def rules(config: Config) -> list[Violation]:

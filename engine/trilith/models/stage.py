@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trilith.config.model_keys import ModelConfig
+from trilith.config.sparse_keys import SparseBlocks
 from trilith.kernels.backends import DEFAULT, Backends
+from trilith.kernels.mask import CAUSAL, AttentionMask, BlockLayout
 from trilith.kernels.weight_queue import WeightQueue
 from trilith.layers.compiled import compile_forward
 from trilith.layers.placement import Placement
@@ -46,6 +48,10 @@ class StageModel(nn.Module):
         self.embedding = family.Embedding(settings) if EMBEDDING in names else None
         blocks = [name for name in names if name not in (EMBEDDING, HEAD)]
         self.layers = nn.ModuleDict({str(layer_index(n)): family.Block(settings, n) for n in blocks})
+        layout = settings.block_layout() if blocks else None
+        # It has values from the start and goes where the stage goes, but is in no checkpoint: the config says it.
+        self.live_blocks: Tensor | None
+        self.register_buffer("live_blocks", None if layout is None else layout.live, persistent=False)
         self.head: Head | None = family.head(settings) if HEAD in names else None
         if self.head is not None and self.embedding is not None and settings.model.tie_embeddings:
             self.head.output.weight = self.embedding.tokens.weight
@@ -110,7 +116,13 @@ class StageModel(nn.Module):
         region = self.settings.placement.region_slice(batch.positions.shape[0])
         rotates = self.settings.model.family == "llama" and len(self.layers) > 0
         tables = llama.rotary(self.settings, batch.positions) if rotates else None
-        return StageInput(batch, batch.positions[region], tables)
+        return StageInput(batch, batch.positions[region], tables, self._mask())
+
+    def _mask(self) -> AttentionMask:
+        """What the queries of this rank's heads see."""
+        if self.live_blocks is None or self.settings.sparse is None:
+            return CAUSAL
+        return AttentionMask(blocks=BlockLayout(self.settings.sparse.block, self.live_blocks))
 
     def _observed(self, unit: str, output: Tensor, batch: Microbatch) -> Tensor:
         if self.observer is not None:
@@ -134,7 +146,7 @@ class StageOptions:
     """How a stage is built. `recompute` is `none`, `selective` or `full`; `seed` is the run's.
 
     `queue`: where its linears leave their weight gradients, None for autograd. `backends`: what its ops run on.
-    `compiles`: backend and mode of torch.compile for its blocks. `fused_loss`, `z_loss`: see StageSettings.
+    `compiles`: backend and mode of torch.compile for its blocks. `fused_loss`, `z_loss`, `sparse`: see StageSettings.
     """
 
     recompute: str
@@ -146,10 +158,11 @@ class StageOptions:
     compiles: tuple[str, str] | None = None
     fused_loss: bool = False
     z_loss: float = 0.0
+    sparse: SparseBlocks | None = None
 
 
 def build_stage(model: ModelConfig, units: Sequence[UnitDecl], topology: Topology, options: StageOptions) -> StageModel:
-    """The stage made of `units` for this tensor rank, on the meta device: shapes and dtypes, no values.
+    """The stage made of `units` for this tensor rank; its parameters on the meta device: shapes and dtypes, no values.
 
     Whoever fills it must give finite values to all of a parameter, padding included.
     """
@@ -157,7 +170,9 @@ def build_stage(model: ModelConfig, units: Sequence[UnitDecl], topology: Topolog
     shared = options.sequence_parallel and group.size > 1
     local = tuple(local_parameter(p, group.index, group.size, shared) for p in stage_parameters(units))
     placement = Placement(group, shared, options.dtype, torch.device("meta"), options.queue, options.backends)
-    settings = StageSettings(model, placement, options.seed, options.recompute, options.fused_loss, options.z_loss)
+    settings = StageSettings(
+        model, placement, options.seed, options.recompute, options.fused_loss, options.z_loss, options.sparse
+    )
     stage = StageModel(settings, units, local)
     if options.compiles is not None:
         for block in stage.layers.values():

@@ -59,6 +59,7 @@ def activation_setting(config: Config) -> ActivationSetting:
         dtype_bytes=DTYPE_BYTES[config.data_types.param_dtype],
         fused=_fused(config),
         fused_loss=config.kernels.fused_loss and not _may_split(config),
+        sparse=config.sparse_attention,
     )
 
 

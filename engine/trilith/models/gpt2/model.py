@@ -44,7 +44,7 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, stage_input: StageInput) -> Tensor:
         """(B, S/t or S, H) to the same shape."""
         samples, positions = stage_input.batch.sample_ids, stage_input.region_positions
-        attended = self.attention(self.attention_norm(hidden), samples)
+        attended = self.attention(self.attention_norm(hidden), samples, stage_input.mask)
         hidden, normed = self.mlp_norm.add(self.attention_dropout(attended, samples, positions), hidden)
         return self.mlp_dropout.add(self.mlp(normed), hidden, samples, positions)
 
