@@ -17,6 +17,7 @@ import torch.distributed
 
 from trilith.kernels import library
 from trilith.kernels.backends import Backends
+from trilith.kernels.contest import attention_contest
 
 PACKAGES = ("torch", "numpy", "pydantic", "safetensors", "tokenizers", "rich", "tensorboard", "matplotlib")
 OPTIONAL = ("deepspeed", "transformers", "triton", "pyarrow", "ninja", "pybind11")
@@ -69,15 +70,13 @@ def _kernels() -> dict[str, Any]:
         refusal = "the CUDA kernels have not run on a GPU yet: kernels.backend 'fused' takes them"
     cpu = {"runs": "fused", "why": ""} if found else {"runs": "torch", "why": library.MISSING}
     cuda = {"runs": "torch", "why": refusal} if refusal else {"runs": "fused", "why": ""}
-    no_attention = {"runs": "torch", "why": refusal or "there is no CUDA kernel for it"}
     return {
         "built": found is not None,
         "instruction_sets": list(found.instruction_sets) if found else [],
         "openmp": bool(found and found.has_openmp),
         "openmp_runtimes": _openmp_runtimes(),
-        "ops": {
-            f.name: {"cpu": cpu, "cuda": no_attention if f.name == "attention" else cuda} for f in fields(Backends)
-        },
+        "ops": {f.name: {"cpu": cpu, "cuda": cuda} for f in fields(Backends)},
+        "attention_contest": attention_contest().table(),
     }
 
 
@@ -102,6 +101,9 @@ def _kernel_lines(kernels: dict[str, Any]) -> list[str]:
             rows.setdefault((by_device[device]["runs"], by_device[device]["why"]), []).append(op)
         for (runs, why), ops in rows.items():
             lines.append(f"  {device:<5}{runs:<10}{', '.join(ops)}{f' ({why})' if why else ''}")
+    for shape_class, row in sorted(kernels["attention_contest"].items()):
+        times = {name: "failed" if time is None else f"{time * 1e6:.0f} us" for name, time in row["seconds"].items()}
+        lines.append(f"  {shape_class}: {', '.join(f'{name} {time}' for name, time in times.items())}: {row['winner']}")
     return lines
 
 

@@ -72,7 +72,11 @@ class KernelsConfig(ConfigModel):
     norm: KernelName | None = key(None, "LayerNorm and RMSNorm, with the residual's sum. null: kernels.backend.")
     activation: KernelName | None = key(None, "GELU and SwiGLU. null: kernels.backend.")
     rotary: KernelName | None = key(None, "Rotary positions. null: kernels.backend.")
-    attention: KernelName | None = key(None, "Attention. null: kernels.backend.")
+    attention: KernelName | Literal["sdpa"] | None = key(
+        None,
+        "Attention; sdpa is torch's scaled_dot_product_attention, as torch. On a GPU auto times the native kernel and sdpa "
+        "once for a class of shapes, and remembers which is faster. null: kernels.backend.",
+    )
     dropout: KernelName | None = key(None, "Dropout of the residual stream. null: kernels.backend.")
     cross_entropy: KernelName | None = key(None, "The loss. null: kernels.backend.")
     optimizer: KernelName | None = key(None, "The optimizer's update and the gradient norm. null: kernels.backend.")

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 AUTO, FUSED, TORCH, REFERENCE = "auto", "fused", "torch", "reference"
+_SDPA = "sdpa"  # torch's attention
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ DEFAULT = Backends()
 
 def chosen(kernels: Any) -> Backends:
     """The config section `kernels` by family: `backend` where a family's own key is null."""
-    own = {field.name: getattr(kernels, field.name) for field in fields(Backends)}
-    return Backends(**{name: kernels.backend if value is None else value for name, value in own.items()})
+    own = {field.name: getattr(kernels, field.name) or kernels.backend for field in fields(Backends)}
+    return Backends(**{name: TORCH if value == _SDPA else value for name, value in own.items()})
 
 
 def native_families(backends: Backends) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from trilith.errors import KernelError
 from trilith.kernels import library, reference
+from trilith.kernels.contest import attention_contest, cuda_seconds
 from trilith.kernels.library import DTYPES, LIBRARY, address
 from trilith.kernels.mask import CAUSAL, AttentionMask, BlockLayout
 from trilith.kernels.ops.library_form import define, differentiate
@@ -46,9 +47,9 @@ def attention(
     heads = head_range or (0, q.shape[2])
     how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, heads[0])
     kv_index = how.kv_index
-    if _takes(backend, q, k, v):
+    if _takes(backend, q, k, v) and not _loses(backend, q, k, how):
         return _library(q, k, v, how)[0] if library.is_traced(q) else _Attention.apply(q, k, v, how)
-    if backend == "reference" or dropout_p > 0.0 or not mask.is_plain:
+    if backend == "reference" or not how.is_torchs:
         return reference.attention(
             q, k, v, kv_index=kv_index, mask=mask, dropout_p=dropout_p, key=key, sample_ids=sample_ids, head_range=heads
         )
@@ -86,9 +87,9 @@ def packed_attention(
             f"attention: qkv {tuple(qkv.shape)} with {num_heads} heads of {head_dim}: must be (B, S, (N + 2 K) D)"
         )
     q, k, v = _split(qkv, num_heads, head_dim)
-    if _takes(backend, q) and not library.is_traced(qkv):
-        first = head_range[0] if head_range else 0
-        how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, first)
+    first = head_range[0] if head_range else 0
+    how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, first)
+    if _takes(backend, q) and not library.is_traced(qkv) and not _loses(backend, q, k, how):
         return _PackedAttention.apply(qkv, num_heads, head_dim, how)
     mixed = attention(
         q,
@@ -111,6 +112,31 @@ def _takes(backend: str, q: Tensor, *others: Tensor) -> bool:
     if reason and backend == "fused":
         raise KernelError(f"attention: backend 'fused': {reason}")
     return not reason and library.takes("attention", backend, q, *others)
+
+
+def _loses(backend: str, q: Tensor, k: Tensor, how: _How) -> bool:
+    """Whether torch's attention is faster on this GPU, where it does the same and either may be taken."""
+    if backend != "auto" or not q.is_cuda or library.is_traced(q) or not how.is_torchs:
+        return False
+    device = torch.cuda.get_device_name(q.device)
+    length = 1 << (max(q.shape[1], k.shape[1]) - 1).bit_length()
+    shape = f"D{q.shape[3]} N{q.shape[2]}/{k.shape[2]} S{length} B{q.shape[0]}"
+    kind = "causal" if how.mask.causal else "full"
+    name = f"{device}, torch {torch.__version__}: {str(q.dtype).removeprefix('torch.')} {shape} {kind}"
+    shapes = (q.shape, k.shape, k.shape)
+
+    def trial(backend: str) -> Callable[[], object]:
+        given = [torch.randn(s, dtype=q.dtype, device=q.device, requires_grad=True) for s in shapes]
+
+        def run() -> object:
+            with torch.enable_grad():
+                out = attention(*given, mask=how.mask, kv_index=how.kv_index, backend=backend)
+                return torch.autograd.grad(out, given, out)
+
+        return run
+
+    trials = {name: trial(name) for name in ("fused", "torch")}
+    return attention_contest().winner(name, trials, cuda_seconds) == "torch"
 
 
 def _cuda_limit(q: Tensor) -> str:
@@ -182,6 +208,11 @@ class _How:
     key: Key
     sample_ids: Tensor | None
     first_head: int
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether torch's own attention does it without a matrix of scores."""
+        return self.mask.is_plain and self.dropout_p == 0.0
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> Any:
