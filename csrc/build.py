@@ -150,7 +150,7 @@ def build_emulated(target: Path, folder: Path) -> None:
         f"  command = {compiler} -shared $in -o $out",
     ]
     objects = []
-    for source in (*sorted(translated.glob("*.cu")), CSRC / "cuda" / "bind.cpp", device / "emulator.cpp"):
+    for source in (*sorted(translated.glob("*.cu")), CSRC / "cuda" / "bind.cpp", *sorted(device.glob("*.cpp"))):
         objects.append(f"{source.stem}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
     lines += [f"build {target.resolve()}: link {' '.join(objects)}", f"default {target.resolve()}"]

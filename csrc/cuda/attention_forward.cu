@@ -5,23 +5,12 @@
 // query of the block sees are not loaded, and scores are looked at one by one only where a strip does not see the whole tile.
 // Blocks with most tiles, the last ones of a causal mask, begin first. Bytes: q, k, v and the output once, and keys and values again
 // from the second cache for each block; work 4 S^2 D, half of it where causal.
-#include "cuda/attention_tile.h"
+#include "cuda/attention_results.h"
 #include "cuda/ops.h"
 
 namespace trilith::cuda {
 
 namespace {
-
-template <class T>
-struct Forward {
-    HeadTensor<const T> q, k, v;
-    T* out;
-    float* lse;
-    const int64_t* kv_index;
-    int num_queries, num_keys, num_heads, features;
-    float scale;
-    AttentionRule rule;
-};
 
 template <class T, int kFeatures>
 __global__ void __launch_bounds__(kAttentionThreads, 1) attend(const __grid_constant__ Forward<T> op) {
@@ -92,28 +81,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attend(const __grid_cons
         const Keys keys{from, from + kKeys, from, from + kKeys - 1};
         const bool whole = !op.rule.key_positions && is_seen_whole(strip_hull, keys) && (!op.rule.live || live == (1u << kGroups) - 1);
         rule_scores(s, op.rule, batch, rows, from, op.num_keys, slope, whole, live);
-        // Softmax relative to the largest score so far.
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float now = most[half];
-#pragma unroll
-            for (int j = 0; j < kGroups; ++j) now = fmaxf(now, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-            now = fmaxf(now, __shfl_xor_sync(0xFFFFFFFFu, now, 1));
-            now = fmaxf(now, __shfl_xor_sync(0xFFFFFFFFu, now, 2));
-            const float shift = now == -INFINITY ? 0.0f : now * scale;  // nothing was seen: all weights are zero
-            const float factor = exp2_fast(most[half] * scale - shift);
-            most[half] = now;
-            total[half] *= factor;
-#pragma unroll
-            for (int j = 0; j < kOutGroups; ++j) out[j][2 * half] *= factor, out[j][2 * half + 1] *= factor;
-#pragma unroll
-            for (int j = 0; j < kGroups; ++j)
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    s[j][i] = exp2_fast(s[j][i] * scale - shift);
-                    total[half] += s[j][i];
-                }
-        }
+        float factor[2];
+        soften(s, most, total, scale, factor);
+        shrink(out, factor);
         if (op.rule.dropout_threshold) drop(s, op.rule, batch, head, rows, from, op.num_keys);
         multiply_columns<kStride>(out, s, v_tiles + stage * kTile, part * kOut);
         __syncthreads();
@@ -121,19 +91,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attend(const __grid_cons
     }
     copies_wait<0>();
 
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        total[half] += __shfl_xor_sync(0xFFFFFFFFu, total[half], 1);
-        total[half] += __shfl_xor_sync(0xFFFFFFFFu, total[half], 2);
-        const int row = mine + 8 * half;
-        if (row >= op.num_queries) continue;
-        const float factor = total[half] == 0.0f ? 0.0f : 1.0f / total[half];
-        T* const to = op.out + ((batch * op.num_queries + row) * op.num_heads + head) * op.features;
-        write_row(to, out, half, factor, part * kOut, op.features);
-        if (part == 0 && lane % 4 == 0)
-            op.lse[(batch * op.num_heads + head) * op.num_queries + row] =
-                total[half] == 0.0f ? -INFINITY : most[half] * op.scale + logf(total[half]);
-    }
+    write_output(op, out, most, total, batch, head, mine, part * kOut);
 }
 
 }  // namespace
@@ -144,13 +102,14 @@ void attention_forward(int dtype, const AttentionSizes& sizes, const AttentionRu
     with_attention_kernel(dtype, sizes.features, [&](auto tag, auto features) {
         using T = typename decltype(tag)::type;
         constexpr int kFeatures = decltype(features)::value;
-        constexpr AttentionShape kShape = forward_shape(kFeatures);
         const Forward<T> op{{(const T*)q, sizes.q}, {(const T*)k, sizes.k}, {(const T*)v, sizes.v}, (T*)out, (float*)lse,
                             (const int64_t*)kv_index, static_cast<int>(sizes.num_queries), static_cast<int>(sizes.num_keys),
                             static_cast<int>(sizes.num_heads), static_cast<int>(sizes.features), static_cast<float>(sizes.scale), rule};
+        if (launch_on_hopper<T, kFeatures>(op, sizes, stream)) return;
+        constexpr AttentionShape kShape = forward_shape(kFeatures);
         const dim3 grid(static_cast<unsigned>(ceil_div(sizes.num_queries, kShape.rows)), static_cast<unsigned>(sizes.num_heads),
                         static_cast<unsigned>(sizes.batch));
-        launch_attention(attend<T, kFeatures>, grid, attention_bytes(kShape, false), stream, "attention_forward", op);
+        launch_attention(attend<T, kFeatures>, grid, kAttentionThreads, attention_bytes(kShape, false), stream, "attention_forward", op);
     });
 }
 

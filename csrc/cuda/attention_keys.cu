@@ -166,7 +166,7 @@ void launch_key_gradients(const Backward<T>& op, const AttentionSizes& sizes, Ad
     if (sizes.batch * sizes.num_kv_heads * sizes.num_keys == 0) return;
     const dim3 grid(static_cast<unsigned>(ceil_div(sizes.num_keys, kShape.rows)), static_cast<unsigned>(sizes.num_kv_heads),
                     static_cast<unsigned>(sizes.batch));
-    launch_attention(key_gradients<T, kFeatures>, grid, attention_bytes(kShape, true), stream, "attention_backward", op);
+    launch_attention(key_gradients<T, kFeatures>, grid, kAttentionThreads, attention_bytes(kShape, true), stream, "attention_backward", op);
 }
 
 #define TRILITH_KEYS(T)                                                                              \

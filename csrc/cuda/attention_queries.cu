@@ -137,7 +137,7 @@ void attention_backward(int dtype, const AttentionSizes& sizes, const AttentionR
                 (const T*)out, (const T*)dout, (float*)workspace, rows, queries, heads, features);
             const dim3 grid(static_cast<unsigned>(ceil_div(queries, kShape.rows)), static_cast<unsigned>(heads),
                             static_cast<unsigned>(sizes.batch));
-            launch_attention(query_gradients<T, kFeatures>, grid, attention_bytes(kShape, true), stream, "attention_backward", op);
+            launch_attention(query_gradients<T, kFeatures>, grid, kAttentionThreads, attention_bytes(kShape, true), stream, "attention_backward", op);
         }
         launch_key_gradients<T, kFeatures>(op, sizes, stream);
     });

@@ -171,6 +171,38 @@ __device__ __forceinline__ void rule_scores(float (&s)[groups][4], const Attenti
     }
 }
 
+// Scores of a strip become weights relative to its rows' largest scores so far, which may grow; `factor`: by what sums and outputs
+// so far shrink then. The totals are those of the thread's own columns.
+template <int groups>
+__device__ __forceinline__ void soften(float (&s)[groups][4], float (&most)[2], float (&total)[2], float scale, float (&factor)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float now = most[half];
+#pragma unroll
+        for (int j = 0; j < groups; ++j) now = fmaxf(now, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+        now = fmaxf(now, __shfl_xor_sync(0xFFFFFFFFu, now, 1));
+        now = fmaxf(now, __shfl_xor_sync(0xFFFFFFFFu, now, 2));
+        const float shift = now == -INFINITY ? 0.0f : now * scale;  // nothing was seen: all weights are zero
+        factor[half] = exp2_fast(most[half] * scale - shift);
+        most[half] = now;
+        total[half] *= factor[half];
+#pragma unroll
+        for (int j = 0; j < groups; ++j)
+#pragma unroll
+            for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                s[j][i] = exp2_fast(s[j][i] * scale - shift);
+                total[half] += s[j][i];
+            }
+    }
+}
+template <int groups>
+__device__ __forceinline__ void shrink(float (&out)[groups][4], const float (&factor)[2]) {
+#pragma unroll
+    for (int j = 0; j < groups; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[j][i] *= factor[i / 2];
+}
+
 // Multiplies what dropout keeps of a strip of weights (or gradients of weights) by its factor, and takes the rest out.
 template <int groups>
 __device__ __forceinline__ void drop(float (&p)[groups][4], const AttentionRule& rule, int64_t batch, int64_t head,
@@ -212,9 +244,10 @@ void with_attention_kernel(int dtype, int64_t features, F&& f) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch_attention(void (*kernel)(Parameters...), dim3 grid, int bytes, Address stream, const char* what, Arguments... arguments) {
+void launch_attention(void (*kernel)(Parameters...), dim3 grid, int threads, int bytes, Address stream, const char* what,
+                      const Arguments&... arguments) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
-    kernel<<<grid, kAttentionThreads, static_cast<size_t>(bytes), (cudaStream_t)stream>>>(arguments...);
+    kernel<<<grid, threads, static_cast<size_t>(bytes), (cudaStream_t)stream>>>(arguments...);
     check_launch(what);
 }
 

@@ -13,7 +13,7 @@
 #ifdef TRILITH_EMULATED
 #define TRILITH_DYNAMIC_SHARED(name) unsigned char* const name = ::trilith::emulated::dynamic_shared()
 #else
-#define TRILITH_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define TRILITH_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
 namespace trilith::cuda {

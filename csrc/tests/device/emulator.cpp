@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "emulator.h"
 
 namespace trilith::emulated {
 
@@ -21,22 +22,20 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int kWarp = 32, kBarriers = 17;  // CUDA's sixteen, and one that counts all who live
-
-enum class State { ready, waiting, done };
+constexpr long kMostTurns = 1000000;
 
 // A fiber begins as a context; from then on it is left and entered by jumps, which make no call of the system.
 struct Fiber {
     ucontext_t context;
     jmp_buf place_left;
     bool has_begun = false;
-    State state = State::ready;
-    int barrier = 0;
     Place place;
     std::unique_ptr<char[]> stack;
 };
 
 struct Barrier {
-    int arrived = 0, expected = 0;
+    std::vector<int> waiting;
+    int expected = 0;
 };
 
 // One block at a time: the fibers keep their stacks for the next.
@@ -62,6 +61,7 @@ struct Copy {
 };
 std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, its groups; the last is open
 const std::function<void()>* body = nullptr;
+long num_turns = 0;  // of threads that came again in vain
 std::mt19937 draw(1);
 std::exception_ptr failure;  // of a thread: exceptions do not leave a fiber
 
@@ -71,20 +71,15 @@ void fiber_main() {
     } catch (...) {
         failure = std::current_exception();
     }
-    fibers[static_cast<size_t>(current)].state = State::done;
     --alive;
     _longjmp(scheduler_left, 1);
 }
 
-void release(size_t barrier) {
-    barriers[barrier] = {};
-    for (int i = 0; i < num_threads; ++i) {
-        Fiber& fiber = fibers[static_cast<size_t>(i)];
-        if (fiber.state == State::waiting && fiber.barrier == static_cast<int>(barrier)) {
-            fiber.state = State::ready;
-            ready.push_back(i);
-        }
-    }
+void release(Barrier& barrier) {
+    ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+    barrier.waiting.clear();
+    barrier.expected = 0;
+    num_turns = 0;
 }
 
 // Gives the processor to another fiber until this one is ready again.
@@ -108,7 +103,6 @@ void run_block() {
     copies.assign(static_cast<size_t>(num_threads), {{}});
     for (int i = 0; i < num_threads; ++i) {
         Fiber& fiber = fibers[static_cast<size_t>(i)];
-        fiber.state = State::ready;
         fiber.has_begun = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -120,8 +114,8 @@ void run_block() {
     while (alive > 0) {
         if (ready.empty()) {
             // Those who wait for all who live may go on once the others have ended.
-            if (barriers[0].expected == 0 && barriers[0].arrived == alive) {
-                release(0);
+            if (barriers[0].expected == 0 && static_cast<int>(barriers[0].waiting.size()) == alive) {
+                release(barriers[0]);
                 continue;
             }
             throw std::runtime_error("the threads of a block wait for each other without end");
@@ -140,15 +134,23 @@ void run_block() {
 
 void wait(int id, int count) {
     Barrier& barrier = barriers[static_cast<size_t>(id)];
-    if (barrier.arrived && barrier.expected != count) throw std::runtime_error("threads wait at one barrier for different numbers");
+    if (!barrier.waiting.empty() && barrier.expected != count)
+        throw std::runtime_error("threads wait at one barrier for different numbers");
     barrier.expected = count;
-    ++barrier.arrived;
-    Fiber& self = fibers[static_cast<size_t>(current)];
-    self.state = State::waiting;
-    self.barrier = id;
-    if (barrier.arrived == (count ? count : alive)) release(static_cast<size_t>(id));
+    barrier.waiting.push_back(current);
+    if (static_cast<int>(barrier.waiting.size()) == (count ? count : alive)) release(barrier);
     give_way();
 }
+
+void come_again() {
+    if (++num_turns > kMostTurns) throw std::runtime_error("the threads of a block wait for each other without end");
+    ready.push_back(current);
+    give_way();
+}
+
+void note_progress() { num_turns = 0; }
+
+size_t drawn(size_t count) { return std::uniform_int_distribution<size_t>(0, count - 1)(draw); }
 
 namespace {
 
@@ -196,6 +198,29 @@ uint32_t ballot(bool bit) {
 }
 
 unsigned char* dynamic_shared() { return shared_memory.data(); }
+
+unsigned char* shared_bytes(size_t offset, size_t count) {
+    if (offset + count > shared_memory.size()) throw std::runtime_error("an access leaves the shared memory of its block");
+    return shared_memory.data() + offset;
+}
+
+float widened_at(size_t offset, bool is_half) {
+    uint16_t bits;
+    std::memcpy(&bits, shared_bytes(offset, sizeof bits), sizeof bits);
+    return widened(bits, 0, is_half);
+}
+
+void left_rows(const uint32_t (&a)[4], bool is_half, float (&rows)[2][16]) {
+    struct Held {
+        uint32_t a[4];
+    };
+    hand_around(Held{{a[0], a[1], a[2], a[3]}}, [&](int, auto of) {
+        for (int half = 0; half < 2; ++half)
+            for (int k = 0; k < 16; ++k)
+                rows[half][k] = widened(of(lane_now() / 4 * 4 + k % 8 / 2).a[half + 2 * (k / 8)], k % 2, is_half);
+        return 0;
+    });
+}
 
 void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_half) {
     struct Factors {

@@ -1,0 +1,256 @@
+// Attention without a matrix of scores, forward, for Hopper (Shah et al. 2024, FlashAttention-3).
+//
+// Three warpgroups: of the first, one warp finds the tiles that are visited and has the copy engine bring them, two tiles of keys and
+// two of values ahead; the other two have 64 queries each. A warpgroup begins the scores of the next tile before the product of
+// this one's weights with its values, so that both run while it works on the softmax. Weights stay in registers, as left factors.
+// Shared memory: 128 queries, 2 x 128 keys and values (64 where D is 256), 80 KiB for D = 64, 160 for 128, 192 for 256. Heads of other
+// sizes are padded by the copy engine. Registers: 48 a thread of the first warpgroup, 232 of the others.
+#include "cuda/attention_results.h"
+#include "cuda/hopper.h"
+
+namespace trilith::cuda {
+
+namespace {
+
+constexpr int kWarpgroup = 128, kHopperThreads = 3 * kWarpgroup, kHopperRows = 128, kStages = 2;
+
+// What a block has in shared memory behind its tiles: barriers, and what is seen, which registers have no room for.
+struct Beside {
+    uint64_t queries, keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
+    Row rows[kHopperRows];
+    Hull strips[kHopperRows / kStrip];
+};
+
+constexpr int hopper_keys(int features) { return features > 128 ? 64 : 128; }
+constexpr int hopper_bytes(int features) { return 2 * features * (kHopperRows + 2 * kStages * hopper_keys(features)) + int(sizeof(Beside)); }
+static_assert(hopper_bytes(64) <= 227 << 10 && hopper_bytes(128) <= 227 << 10 && hopper_bytes(256) <= 227 << 10, "a block of an H100");
+
+template <class T>
+struct Hopper {
+    CUtensorMap q, k, v;
+    Forward<T> op;
+};
+
+// A ring of stages: where the next tile lies, and the parity of its phase.
+struct Ring {
+    int stage = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+template <class T, int kFeatures>
+__global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __grid_constant__ Hopper<T> given) {
+#ifdef TRILITH_HOPPER
+    constexpr int kKeys = hopper_keys(kFeatures), kGroups = kKeys / 8, kSteps = kFeatures / 16, kSlabs = kFeatures / kSlab;
+    constexpr int kQuerySlab = kHopperRows * kSlabRowBytes, kTileSlab = kKeys * kSlabRowBytes, kTile = kSlabs * kTileSlab;
+    TRILITH_DYNAMIC_SHARED(bytes);
+    unsigned char* const k_tiles = bytes + kSlabs * kQuerySlab;
+    unsigned char* const v_tiles = k_tiles + kStages * kTile;
+    Beside& beside = *reinterpret_cast<Beside*>(v_tiles + kStages * kTile);
+
+    const Forward<T>& op = given.op;
+    const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarpgroup;
+    const int batch = blockIdx.z, head = blockIdx.y;
+    const int first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kHopperRows, end = lesser(first + kHopperRows, op.num_queries);
+    if (threadIdx.x == 0) {
+        barrier_init(&beside.queries, 1);
+        for (int i = 0; i < kStages; ++i) {
+            barrier_init(&beside.keys_full[i], 1), barrier_init(&beside.values_full[i], 1);
+            barrier_init(&beside.keys_empty[i], 8), barrier_init(&beside.values_empty[i], 8);  // warps that read them
+        }
+        barriers_publish();
+    }
+    for (int i = threadIdx.x; i < kHopperRows; i += kHopperThreads)
+        beside.rows[i] = row_of(op.rule, batch, lesser(first + i, op.num_queries - 1), op.num_keys);
+    __syncthreads();
+    if (threadIdx.x < kHopperRows / kStrip) {
+        Hull strip = no_hull();
+        for (int i = 0; i < kStrip; ++i) strip = join(strip, hull_of(beside.rows[threadIdx.x * kStrip + i]));
+        beside.strips[threadIdx.x] = strip;
+    }
+    __syncthreads();
+    Hull hull = beside.strips[0];
+    for (int i = 1; i < kHopperRows / kStrip; ++i) hull = join(hull, beside.strips[i]);
+    const int num_tiles = static_cast<int>(ceil_div(op.num_keys, kKeys));
+    const auto is_visited = [&](int tile) {
+        const int from = tile * kKeys, to = lesser(from + kKeys, op.num_keys);
+        return is_seen(hull, keys_of(op.rule, batch, from, to)) && is_live(op.rule, head, first, end, from, to);
+    };
+    Scan scan(num_tiles);
+
+    if (group == 0) {
+        registers_give<48>();
+        if (threadIdx.x >= kWarp) return;
+        const int kv_head = static_cast<int>(op.kv_index[head]);
+        int tile = scan.next(is_visited);
+        if (tile < num_tiles && lane == 0) {
+            barrier_expect(&beside.queries, kSlabs * kQuerySlab);
+            for (int slab = 0; slab < kSlabs; ++slab)
+                copy_box(bytes + slab * kQuerySlab, given.q, &beside.queries, slab * kSlab, head, first, batch);
+        }
+        for (Ring ring; tile < num_tiles; ring.advance(), tile = scan.next(is_visited)) {
+            if (lane != 0) continue;
+            const auto bring = [&](unsigned char* tiles, const CUtensorMap& tensor, uint64_t* full, uint64_t* empty) {
+                barrier_wait(&empty[ring.stage], ring.parity ^ 1);
+                barrier_expect(&full[ring.stage], kTile);
+                for (int slab = 0; slab < kSlabs; ++slab)
+                    copy_box(tiles + ring.stage * kTile + slab * kTileSlab, tensor, &full[ring.stage], slab * kSlab, kv_head,
+                             tile * kKeys, batch);
+            };
+            bring(k_tiles, given.k, beside.keys_full, beside.keys_empty);
+            bring(v_tiles, given.v, beside.values_full, beside.values_empty);
+        }
+    } else {
+        registers_take<232>();
+        const int within = (group - 1) * 64 + threadIdx.x % kWarpgroup / kWarp * kStrip, strip = first + within;
+        const int mine = strip + lane / 4;
+        const float slope = op.rule.slopes ? static_cast<float>(((const double*)op.rule.slopes)[head]) / op.scale : 0.0f;
+        const float scale = op.scale * kLog2E;
+        const uint32_t q_address = shared_address(bytes) + (group - 1) * 64 * kSlabRowBytes;
+        const uint32_t k_address = shared_address(k_tiles), v_address = shared_address(v_tiles);
+        float s[kGroups][4], out[kFeatures / 8][4], most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, factor[2];
+        uint32_t weights[kGroups / 2][4];
+        clear(out);
+
+        const auto begin_scores = [&](int stage) {
+            products_open();
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                const int slab = step / 4, column = step % 4 * 32;
+                multiply_shared<T>(s, descriptor(q_address + slab * kQuerySlab + column, 16, kSwizzleBytes),
+                                   descriptor(k_address + stage * kTile + slab * kTileSlab + column, 16, kSwizzleBytes), step > 0);
+            }
+            products_close();
+        };
+        const auto begin_outputs = [&](int stage) {
+            products_open();
+#pragma unroll
+            for (int step = 0; step < kKeys / 16; ++step)
+                multiply_held<T>(out, weights[step],
+                                 descriptor(v_address + stage * kTile + step * 16 * kSlabRowBytes, kTileSlab, kSwizzleBytes));
+            products_close();
+        };
+        const auto apply_rule = [&](int tile) {
+            const int from = tile * kKeys;
+            const uint32_t live = live_groups(op.rule, head, strip, from, kGroups, op.num_keys);
+            const Keys keys{from, from + kKeys, from, from + kKeys - 1};
+            const bool whole =
+                !op.rule.key_positions && is_seen_whole(beside.strips[within / kStrip], keys) && (!op.rule.live || live == (1u << kGroups) - 1);
+            const Row rows[2] = {beside.rows[within + lane / 4], beside.rows[within + lane / 4 + 8]};
+            rule_scores(s, op.rule, batch, rows, from, op.num_keys, slope, whole, live);
+            soften(s, most, total, scale, factor);
+            if (op.rule.dropout_threshold) drop(s, op.rule, batch, head, rows, from, op.num_keys);
+        };
+        const auto round_weights = [&] {
+#pragma unroll
+            for (int k = 0; k < kGroups; k += 2)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    weights[k / 2][i] = pack_pair<T>(s[k + i / 2][i % 2 * 2], s[k + i / 2][i % 2 * 2 + 1]);
+        };
+        const auto leave = [&](uint64_t* empty, int stage) {
+            if (lane == 0) barrier_arrive(&empty[stage]);
+        };
+
+        int tile = scan.next(is_visited);
+        if (tile < num_tiles) {
+            Ring keys, values;
+            barrier_wait(&beside.queries, 0);
+            barrier_wait(&beside.keys_full[0], 0);
+            begin_scores(0);
+            products_wait<0>();
+            pin(s);
+            leave(beside.keys_empty, 0);
+            apply_rule(tile);
+            round_weights();
+            for (tile = scan.next(is_visited); tile < num_tiles; tile = scan.next(is_visited)) {
+                keys.advance();
+                barrier_wait(&beside.keys_full[keys.stage], keys.parity);
+                begin_scores(keys.stage);
+                barrier_wait(&beside.values_full[values.stage], values.parity);
+                begin_outputs(values.stage);
+                products_wait<1>();
+                pin(s);
+                leave(beside.keys_empty, keys.stage);
+                apply_rule(tile);
+                products_wait<0>();
+                pin(out);
+                leave(beside.values_empty, values.stage);
+                values.advance();
+                shrink(out, factor);
+                round_weights();
+            }
+            barrier_wait(&beside.values_full[values.stage], values.parity);
+            begin_outputs(values.stage);
+            products_wait<0>();
+            pin(out);
+        }
+        write_output(op, out, most, total, batch, head, mine, 0);
+    }
+#endif
+}
+
+// How the copy engine sees a tensor (batch, sequence, head, D), in boxes of 64 features of one head of `rows` places.
+template <class T>
+CUtensorMap tensor_map(const HeadTensor<const T>& x, int64_t batch, int64_t length, int64_t heads, int64_t features, int rows) {
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    static const Encode encode = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult status;
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status), "the driver");
+        if (status != cudaDriverEntryPointSuccess || !found) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<Encode>(found);
+    }();
+    const auto bytes_of = [&](int64_t size, int64_t stride) {  // of one that is not stepped over, any
+        return static_cast<cuuint64_t>(size > 1 ? stride : features) * sizeof(T);
+    };
+    const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(features), static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(length),
+                                 static_cast<cuuint64_t>(batch)};
+    const cuuint64_t strides[3] = {bytes_of(heads, x.strides.head), bytes_of(length, x.strides.row), bytes_of(batch, x.strides.batch)};
+    const cuuint32_t box[4] = {kSlab, 1, static_cast<cuuint32_t>(rows), 1}, steps[4] = {1, 1, 1, 1};
+    const auto dtype = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    CUtensorMap map;
+    const CUresult result =
+        encode(&map, dtype, 4, const_cast<T*>(x.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) throw std::runtime_error("a tensor that the copy engine cannot read: " + std::to_string(result));
+    return map;
+}
+
+bool is_hopper() {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability of the device");
+    return major == 9;
+}
+
+}  // namespace
+
+template <class T, int kFeatures>
+bool launch_on_hopper(const Forward<T>& op, const AttentionSizes& sizes, Address stream) {
+    // Heads that were padded for Ampere are padded further by the copy engine.
+    constexpr int kPadded = kFeatures == 96 ? 128 : kFeatures, kKeys = hopper_keys(kPadded);
+    if (!is_hopper() || sizes.num_keys == 0) return false;
+    const Hopper<T> given{
+        tensor_map(op.q, sizes.batch, sizes.num_queries, sizes.num_heads, sizes.features, kHopperRows),
+        tensor_map(op.k, sizes.batch, sizes.num_keys, sizes.num_kv_heads, sizes.features, kKeys),
+        tensor_map(op.v, sizes.batch, sizes.num_keys, sizes.num_kv_heads, sizes.features, kKeys),
+        op,
+    };
+    const dim3 grid(static_cast<unsigned>(ceil_div(sizes.num_queries, kHopperRows)), static_cast<unsigned>(sizes.num_heads),
+                    static_cast<unsigned>(sizes.batch));
+    launch_attention(attend_on_hopper<T, kPadded>, grid, kHopperThreads, hopper_bytes(kPadded), stream, "attention_forward", given);
+    return true;
+}
+
+#define TRILITH_HOPPERS(T)                                                                        \
+    template bool launch_on_hopper<T, 64>(const Forward<T>&, const AttentionSizes&, Address);  \
+    template bool launch_on_hopper<T, 96>(const Forward<T>&, const AttentionSizes&, Address);  \
+    template bool launch_on_hopper<T, 128>(const Forward<T>&, const AttentionSizes&, Address); \
+    template bool launch_on_hopper<T, 256>(const Forward<T>&, const AttentionSizes&, Address);
+TRILITH_HOPPERS(__nv_bfloat16)
+TRILITH_HOPPERS(__half)
+#undef TRILITH_HOPPERS
+
+}  // namespace trilith::cuda
