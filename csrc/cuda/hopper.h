@@ -104,15 +104,13 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading, in
 
 // Products read registers that were written before this.
 __device__ __forceinline__ void products_open() {
-#if defined(TRILITH_EMULATED)
-    ::trilith::emulated::ballot(true);  // the lanes of a warp come together
-#elif defined(TRILITH_HOPPER)
+#if !defined(TRILITH_EMULATED) && defined(TRILITH_HOPPER)
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void products_close() {
 #if defined(TRILITH_EMULATED)
-    ::trilith::emulated::ballot(true);  // the lanes of a warp come together
+    ::trilith::emulated::products_close();
 #elif defined(TRILITH_HOPPER)
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
@@ -121,7 +119,7 @@ __device__ __forceinline__ void products_close() {
 template <int left>
 __device__ __forceinline__ void products_wait() {
 #if defined(TRILITH_EMULATED)
-    ::trilith::emulated::ballot(true);
+    ::trilith::emulated::products_wait(left);
 #elif defined(TRILITH_HOPPER)
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
 #endif

@@ -41,5 +41,7 @@ void barrier_wait(uint64_t* barrier, int parity);
 void copy_box(void* to, const CUtensorMap& tensor, uint64_t* barrier, int feature, int head, int place, int sample);
 void multiply_shared(float* d, int groups, uint64_t a, uint64_t b, int adds, bool is_half);
 void multiply_held(float* d, int groups, const uint32_t (&a)[4], uint64_t b, bool is_half);
+void products_close();
+void products_wait(int left);
 
 }  // namespace trilith::emulated

@@ -128,6 +128,7 @@ void run_block() {
         enter(fibers[static_cast<size_t>(current)]);
         if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
     }
+    require_nothing_begun();
 }
 
 }  // namespace

@@ -12,6 +12,9 @@ void note_progress();
 // A number below `count`.
 size_t drawn(size_t count);
 
+// An error where the threads of a block have ended and left copies or products of Hopper on their way.
+void require_nothing_begun();
+
 // So many bytes of dynamic shared memory from `offset` on; an error where there are not as many.
 unsigned char* shared_bytes(size_t offset, size_t count);
 // The 16-bit number there.

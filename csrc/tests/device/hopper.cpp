@@ -1,6 +1,7 @@
 // Hopper's barriers, copy engine and products of warpgroups, as csrc/cuda/hopper.h uses them (PTX ISA 8; cuda.h beside this).
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda.h"
@@ -42,6 +43,22 @@ struct Box {
     int at[4];
 };
 std::vector<Box> boxes;  // on their way
+
+// A product that a thread has begun: registers are read and written when it is waited for, not before.
+struct Product {
+    float* d;
+    int groups;
+    uint64_t a, b;
+    const uint32_t* held;  // the left factor, where that is in registers
+    bool adds, is_half;
+};
+struct Begun {
+    std::vector<std::vector<Product>> closed;
+    std::vector<Product> open;
+};
+std::vector<Begun> products(1024);  // by thread
+
+Begun& mine() { return products[now.thread.x]; }
 
 // Exchanges the packs of 16 bytes in rows of 128 by the row's number modulo 8.
 uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
@@ -91,6 +108,36 @@ void check_descriptor(uint64_t descriptor) {
 
 int warp_in_group() { return static_cast<int>(now.thread.x) % 128 / 32; }
 
+void run_shared(const Product& p) {
+    const int lane = static_cast<int>(now.thread.x) % 32, g = lane / 4, t = lane % 4, first = 16 * warp_in_group();
+    float left[2][16];
+    for (int half = 0; half < 2; ++half)
+        for (int k = 0; k < 16; ++k) left[half][k] = along(p.a, first + g + 8 * half, k, p.is_half);
+    for (int j = 0; j < p.groups; ++j)
+        for (int i = 0; i < 2; ++i) {
+            float right[16];
+            for (int k = 0; k < 16; ++k) right[k] = along(p.b, 8 * j + 2 * t + i, k, p.is_half);
+            for (int half = 0; half < 2; ++half) {
+                float& d = p.d[4 * j + 2 * half + i];
+                float sum = p.adds ? d : 0.0f;
+                for (int k = 0; k < 16; ++k) sum += left[half][k] * right[k];
+                d = sum;
+            }
+        }
+}
+
+void run_held(const Product& p) {
+    float left[2][16];
+    left_rows(reinterpret_cast<const uint32_t(&)[4]>(*p.held), p.is_half, left);
+    const int t = static_cast<int>(now.thread.x) % 4;
+    for (int j = 0; j < p.groups; ++j)
+        for (int i = 0; i < 2; ++i)
+            for (int k = 0; k < 16; ++k) {
+                const float right = across(p.b, 8 * j + 2 * t + i, k, p.is_half);
+                for (int half = 0; half < 2; ++half) p.d[4 * j + 2 * half + i] += left[half][k] * right;
+            }
+}
+
 }  // namespace
 
 uint32_t shared_address(const void* at) {
@@ -129,33 +176,36 @@ void copy_box(void* to, const CUtensorMap& tensor, uint64_t* barrier, int featur
 
 void multiply_shared(float* d, int groups, uint64_t a, uint64_t b, int adds, bool is_half) {
     check_descriptor(a), check_descriptor(b);
-    const int lane = static_cast<int>(now.thread.x) % 32, g = lane / 4, t = lane % 4, first = 16 * warp_in_group();
-    float left[2][16];
-    for (int half = 0; half < 2; ++half)
-        for (int k = 0; k < 16; ++k) left[half][k] = along(a, first + g + 8 * half, k, is_half);
-    for (int j = 0; j < groups; ++j)
-        for (int i = 0; i < 2; ++i) {
-            float right[16];
-            for (int k = 0; k < 16; ++k) right[k] = along(b, 8 * j + 2 * t + i, k, is_half);
-            for (int half = 0; half < 2; ++half) {
-                float sum = adds ? d[4 * j + 2 * half + i] : 0.0f;
-                for (int k = 0; k < 16; ++k) sum += left[half][k] * right[k];
-                d[4 * j + 2 * half + i] = sum;
-            }
-        }
+    mine().open.push_back({d, groups, a, b, nullptr, adds != 0, is_half});
 }
 
 void multiply_held(float* d, int groups, const uint32_t (&a)[4], uint64_t b, bool is_half) {
     check_descriptor(b);
-    float left[2][16];
-    left_rows(a, is_half, left);
-    const int t = static_cast<int>(now.thread.x) % 4;
-    for (int j = 0; j < groups; ++j)
-        for (int i = 0; i < 2; ++i)
-            for (int k = 0; k < 16; ++k) {
-                const float right = across(b, 8 * j + 2 * t + i, k, is_half);
-                for (int half = 0; half < 2; ++half) d[4 * j + 2 * half + i] += left[half][k] * right;
-            }
+    mine().open.push_back({d, groups, 0, b, a, true, is_half});
+}
+
+void products_close() {
+    ballot(true);  // the lanes of a warp come together
+    mine().closed.push_back(std::move(mine().open));
+    mine().open.clear();
+}
+
+void products_wait(int left) {
+    ballot(true);
+    while (mine().closed.size() > static_cast<size_t>(left)) {
+        const std::vector<Product> group = std::move(mine().closed.front());
+        mine().closed.erase(mine().closed.begin());
+        for (const Product& product : group) product.held ? run_held(product) : run_shared(product);
+    }
+    ballot(true);  // nobody goes on while the shared memory is read
+}
+
+void require_nothing_begun() {
+    bool is_done = boxes.empty();
+    for (const Begun& begun : products) is_done = is_done && begun.open.empty() && begun.closed.empty();
+    boxes.clear();
+    products.assign(products.size(), {});
+    if (!is_done) throw std::runtime_error("a block has ended with copies or products on their way");
 }
 
 }  // namespace trilith::emulated
