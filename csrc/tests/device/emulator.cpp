@@ -1,4 +1,8 @@
 // Fibers that stand for the threads of a block (cuda_runtime.h).
+//
+// A fiber begins as a context of its own; after that it changes hands by _setjmp and _longjmp, which, other than swapcontext, do
+// not ask the system to keep the signal mask: two calls at every shuffle of every thread.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <memory>
@@ -18,24 +22,23 @@ namespace {
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int kWarp = 32, kBarriers = 17;  // CUDA's sixteen, and one that counts all who live
 
-enum class State { ready, waiting, done };
-
 struct Fiber {
-    ucontext_t context;
-    State state = State::ready;
-    int barrier = 0;
+    ucontext_t context;  // where it begins
+    jmp_buf here;        // where it goes on
+    bool begun = false;
     Place place;
     std::unique_ptr<char[]> stack;
 };
 
 struct Barrier {
-    int arrived = 0, expected = 0;
+    std::vector<int> waiting;
+    int expected = 0;
 };
 
 // One block at a time: the fibers keep their stacks for the next.
 std::vector<Fiber> fibers;
 std::vector<int> ready;
-ucontext_t scheduler;
+jmp_buf scheduler;
 int current = 0, alive = 0, num_threads = 0;
 std::vector<Barrier> barriers;       // of the block
 std::vector<uint64_t> lanes;         // what threads hand to each other
@@ -44,26 +47,27 @@ std::mt19937 draw(1);
 
 void fiber_main() {
     (*body)();
-    fibers[static_cast<size_t>(current)].state = State::done;
     --alive;
-    swapcontext(&fibers[static_cast<size_t>(current)].context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
-void release(size_t barrier) {
-    barriers[barrier] = {};
-    for (int i = 0; i < num_threads; ++i) {
-        Fiber& fiber = fibers[static_cast<size_t>(i)];
-        if (fiber.state == State::waiting && fiber.barrier == static_cast<int>(barrier)) {
-            fiber.state = State::ready;
-            ready.push_back(i);
-        }
-    }
+void release(Barrier& barrier) {
+    ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+    barrier.waiting.clear();
+    barrier.expected = 0;
 }
 
 // Gives the processor to another fiber until this one is ready again.
 void give_way() {
-    Fiber& self = fibers[static_cast<size_t>(current)];
-    swapcontext(&self.context, &scheduler);
+    if (!_setjmp(fibers[static_cast<size_t>(current)].here)) _longjmp(scheduler, 1);
+}
+
+// Lets a fiber run until it gives way or ends.
+void resume(Fiber& fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.here, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
 }
 
 void run_block() {
@@ -72,7 +76,7 @@ void run_block() {
     barriers.assign(kBarriers + static_cast<size_t>(num_threads / kWarp) + 1, {});
     for (int i = 0; i < num_threads; ++i) {
         Fiber& fiber = fibers[static_cast<size_t>(i)];
-        fiber.state = State::ready;
+        fiber.begun = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = kStackBytes;
@@ -83,8 +87,8 @@ void run_block() {
     while (alive > 0) {
         if (ready.empty()) {
             // Those who wait for all who live may go on once the others have ended.
-            if (barriers[0].expected == 0 && barriers[0].arrived == alive) {
-                release(0);
+            if (barriers[0].expected == 0 && static_cast<int>(barriers[0].waiting.size()) == alive) {
+                release(barriers[0]);
                 continue;
             }
             throw std::runtime_error("the threads of a block wait for each other without end");
@@ -94,7 +98,7 @@ void run_block() {
         ready[at] = ready.back();
         ready.pop_back();
         now = fibers[static_cast<size_t>(current)].place;
-        swapcontext(&scheduler, &fibers[static_cast<size_t>(current)].context);
+        resume(fibers[static_cast<size_t>(current)]);
     }
 }
 
@@ -102,13 +106,11 @@ void run_block() {
 
 void wait(int id, int count) {
     Barrier& barrier = barriers[static_cast<size_t>(id)];
-    if (barrier.arrived && barrier.expected != count) throw std::runtime_error("threads wait at one barrier for different numbers");
+    if (!barrier.waiting.empty() && barrier.expected != count)
+        throw std::runtime_error("threads wait at one barrier for different numbers");
     barrier.expected = count;
-    ++barrier.arrived;
-    Fiber& self = fibers[static_cast<size_t>(current)];
-    self.state = State::waiting;
-    self.barrier = id;
-    if (barrier.arrived == (count ? count : alive)) release(static_cast<size_t>(id));
+    barrier.waiting.push_back(current);
+    if (static_cast<int>(barrier.waiting.size()) == (count ? count : alive)) release(barrier);
     give_way();
 }
 
