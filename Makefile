@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SET ?=
+# Hundreds of short processes import the package; where this is set, each would compile it again.
+unexport PYTHONDONTWRITEBYTECODE
 overrides = $(foreach s,$(SET),--set $(s))
 
 .PHONY: setup train test test-native check matrix bench gpu gpu-deps clean
