@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SET ?=
+# Hundreds of short processes import the package; where this is set, each would compile it again.
+unexport PYTHONDONTWRITEBYTECODE
 overrides = $(foreach s,$(SET),--set $(s))
 
 .PHONY: setup train test test-native check matrix bench gpu gpu-deps clean
@@ -9,8 +11,9 @@ overrides = $(foreach s,$(SET),--set $(s))
 train: setup
 	$(BIN)/trilith train configs/quickstart.json $(overrides)
 
+# One worker a core: many tests wait for something, or keep one core busy only.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow and not gpu" tests
 
 # The tests of csrc/, without Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-native: setup

@@ -39,6 +39,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from trilith_launcher.local import rank_environment
+
 PRELOAD = ("numpy", "pytest", "torch.distributed.device_mesh", "torch.nn.functional", "trilith.trainer")
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH_PATH = (str(ROOT / "engine"), str(ROOT / "launcher"), str(ROOT))
@@ -198,11 +200,8 @@ class _Server:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         code = f"import sys; sys.path[:0] = {list(SEARCH_PATH)!r}; from tests import harness; harness._serve()"
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "TRILITH_TEST_SOCKET": str(theirs.fileno()),
-        }
+        environment = rank_environment(num_ranks=1, threads_per_rank=1, run_id="tests")
+        environment["TRILITH_TEST_SOCKET"] = str(theirs.fileno())
         # A session of its own: Ctrl-C reaches the test process alone, which then closes the server.
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],

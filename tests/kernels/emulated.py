@@ -11,7 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+<<<<<<< HEAD
 from torch import Tensor
+=======
+from filelock import FileLock
+>>>>>>> suite
 
 from csrc.build import KernelsUnavailable, build_emulated
 from trilith.kernels.library import DTYPES
@@ -26,8 +30,10 @@ _ROWS_AND_WIDTH = {"norm_backward": (10, 11), "activation_backward": (7, 8)}
 def module() -> ModuleType | str:
     """The kernels, built once a session, or why they cannot be."""
     target = FOLDER / "_kernels_cuda.so"
+    FOLDER.mkdir(parents=True, exist_ok=True)
     try:
-        build_emulated(target, FOLDER / "objects")
+        with FileLock(FOLDER / "lock"):  # another worker of this session may build it, too
+            build_emulated(target, FOLDER / "objects")
     except KernelsUnavailable as reason:
         return str(reason)
     spec = importlib.util.spec_from_file_location("_kernels_cuda", target)
