@@ -11,11 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-<<<<<<< HEAD
-from torch import Tensor
-=======
 from filelock import FileLock
->>>>>>> suite
+from torch import Tensor
 
 from csrc.build import KernelsUnavailable, build_emulated
 from trilith.kernels.library import DTYPES

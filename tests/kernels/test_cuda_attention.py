@@ -111,7 +111,9 @@ def hopper(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     return device
 
 
-def check_forward(device: Device, given: list[Tensor], kv_index: tuple[int, ...], mask: AttentionMask, **how: Any) -> None:
+def check_forward(
+    device: Device, given: list[Tensor], kv_index: tuple[int, ...], mask: AttentionMask, **how: Any
+) -> None:
     where: dict[str, Any] = {"mask": moved(mask, device), "kv_index": kv_index, **how}
     if "sample_ids" in how:
         where["sample_ids"] = device.put(how["sample_ids"])
@@ -155,5 +157,12 @@ def test_lengths_on_hopper(lengths: tuple[int, int], hopper: Device) -> None:
 
 
 def test_dropout_on_hopper(hopper: Device) -> None:
-    how: dict[str, Any] = {"dropout_p": 0.3, "key": KEY, "sample_ids": torch.tensor([3, 2**33 + 1]), "head_range": (5, 5 + N)}
-    check_forward(hopper, inputs((150, 150), (N, 2), 64, torch.bfloat16), (0, 0, 1, 1), mask("blocks_window", 150), **how)
+    how: dict[str, Any] = {
+        "dropout_p": 0.3,
+        "key": KEY,
+        "sample_ids": torch.tensor([3, 2**33 + 1]),
+        "head_range": (5, 5 + N),
+    }
+    check_forward(
+        hopper, inputs((150, 150), (N, 2), 64, torch.bfloat16), (0, 0, 1, 1), mask("blocks_window", 150), **how
+    )
