@@ -10,24 +10,6 @@ namespace trilith::cuda {
 
 namespace {
 
-// Of the queries of a tile.
-template <int queries>
-struct QueryTile {
-    Row rows[queries];
-    float log2_sums[queries], deltas[queries];
-};
-
-// Bit j: whether the eight queries from `from` + 8 j on are in live blocks of a strip of keys.
-__device__ __forceinline__ uint32_t live_query_groups(const AttentionRule& rule, int64_t head, int from, int key, int groups,
-                                                      int num_queries, int num_keys) {
-    if (!rule.live) return 0xFFFFFFFFu;
-    const auto* live = (const uint8_t*)rule.live + head * rule.live_head_stride + key / rule.block;
-    uint32_t bits = 0;
-    for (int j = 0; j < groups; ++j)
-        if (from + 8 * j < num_queries && key < num_keys && live[(from + 8 * j) / rule.block * rule.live_columns]) bits |= 1u << j;
-    return bits;
-}
-
 template <class T, int kFeatures>
 __global__ void __launch_bounds__(kAttentionThreads, 1) key_gradients(const __grid_constant__ Backward<T> op) {
     constexpr AttentionShape kShape = key_shape(kFeatures);
@@ -81,14 +63,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) key_gradients(const __gr
                                         op.features);
         begin_tile<kFeatures, kQueries>(dout_tiles + stage * kTile, op.dout.at(batch, head), op.dout.strides.row, from,
                                         op.num_queries, op.features);
-        const int i = threadIdx.x;
-        if (i < kQueries) {
-            tiles[stage].rows[i] = row_of(op.rule, batch, lesser(from + i, op.num_queries - 1), op.num_keys);
-            tiles[stage].log2_sums[i] = op.log2_sum(batch, head, from + i);
-            tiles[stage].deltas[i] = op.delta_of(batch, head, from + i);
-        }
+        if (threadIdx.x < kQueries) tiles[stage].fill(op, batch, head, from, threadIdx.x);
     };
-    const float scale = op.scale * kLog2E;
     float dk[kOut / 8][4], dv[kOut / 8][4];
     clear(dk), clear(dv);
 
@@ -115,35 +91,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) key_gradients(const __gr
             multiply_rows<kStride>(dp, a, dout_tile, step);
         }
         const uint32_t live = live_query_groups(op.rule, now, from, my_strip, kGroups, op.num_queries, op.num_keys);
-        const bool is_listed = op.rule.key_positions || op.rule.query_positions || op.rule.key_begins;
-        const Keys keys{my_strip, my_strip + kStrip, my_strip, my_strip + kStrip - 1};
-        const int last = lesser(from + kQueries, op.num_queries);
-        const bool whole = !is_listed && (!op.rule.live || live == (1u << kGroups) - 1) &&
-                           is_seen_whole(hull_of_rows(op.rule, batch, from, last, op.num_keys), keys);
-        const float slope = op.slope(now), factor = 65536.0f / static_cast<float>(65536 - op.rule.dropout_threshold);
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int column = 8 * j + lane % 4 * 2 + i % 2, half = i / 2;
-                const Row& row = tiles[stage].rows[column];
-                float score = s[j][i];
-                if (slope != 0.0f) score += slope * static_cast<float>(positions[half] - row.position);
-                if (!whole && !((live >> j & 1u) && sees(row, positions[half], places[half]))) score = -INFINITY;
-                const float weight = exp2_fast(score * scale - tiles[stage].log2_sums[column]);
-                float kept = 1.0f;
-                if (op.rule.dropout_threshold) {
-                    const int position = places[half] < op.num_keys ? positions[half] : 0;
-                    const int64_t sample = ((const int64_t*)op.rule.sample_ids)[batch];
-                    const Words words = philox(
-                        key_counter(sample, op.rule.first_head + now, row.position, position / kDecisionsPerCall),
-                        op.rule.key_first, op.rule.key_second);
-                    const Words decision = from_decision<1>(words, position % kDecisionsPerCall);
-                    kept = is_kept(decision, 0, op.rule.dropout_threshold) ? factor : 0.0f;
-                }
-                s[j][i] = weight * kept;
-                dp[j][i] = weight * (dp[j][i] * kept - tiles[stage].deltas[column]);
-            }
+        const bool whole = is_strip_seen(op, batch, from, lesser(from + kQueries, op.num_queries), my_strip) &&
+                           (!op.rule.live || live == (1u << kGroups) - 1);
+        weights_of_keys(s, op, tiles[stage], places, positions, now, whole, live);
+        const uint32_t kept = kept_of_keys<kGroups>(op, tiles[stage], places, positions, batch, now);
+        gradients_of_keys(s, dp, op, tiles[stage], kept);
         multiply_columns<kStride>(dv, s, dout_tile, part * kOut);
         multiply_columns<kStride>(dk, dp, q_tile, part * kOut);
         __syncthreads();

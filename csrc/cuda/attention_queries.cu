@@ -135,6 +135,9 @@ void attention_backward(int dtype, const AttentionSizes& sizes, const AttentionR
         if (rows > 0) {
             inner_products<T><<<static_cast<unsigned>(ceil_div(rows, 256 / kWarp)), 256, 0, (cudaStream_t)stream>>>(
                 (const T*)out, (const T*)dout, (float*)workspace, rows, queries, heads, features);
+        }
+        if (launch_gradients_on_hopper<T, kFeatures>(op, sizes, stream)) return;
+        if (rows > 0) {
             const dim3 grid(static_cast<unsigned>(ceil_div(queries, kShape.rows)), static_cast<unsigned>(heads),
                             static_cast<unsigned>(sizes.batch));
             launch_attention(query_gradients<T, kFeatures>, grid, kAttentionThreads, attention_bytes(kShape, true), stream, "attention_backward", op);

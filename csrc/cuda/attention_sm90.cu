@@ -5,14 +5,14 @@
 // this one's weights with its values, so that both run while it works on the softmax. Weights stay in registers, as left factors.
 // Shared memory: 128 queries, 2 x 128 keys and values (64 where D is 256), 80 KiB for D = 64, 160 for 128, 192 for 256. Heads of other
 // sizes are padded by the copy engine. Registers: 48 a thread of the first warpgroup, 232 of the others.
+#include "cuda/attention_hopper.h"
 #include "cuda/attention_results.h"
-#include "cuda/hopper.h"
 
 namespace trilith::cuda {
 
 namespace {
 
-constexpr int kWarpgroup = 128, kHopperThreads = 3 * kWarpgroup, kHopperRows = 128, kStages = 2;
+constexpr int kHopperRows = 128;
 
 // What a block has in shared memory behind its tiles: barriers, and what is seen, which registers have no room for.
 struct Beside {
@@ -29,14 +29,6 @@ template <class T>
 struct Hopper {
     CUtensorMap q, k, v;
     Forward<T> op;
-};
-
-// A ring of stages: where the next tile lies, and the parity of its phase.
-struct Ring {
-    int stage = 0, parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
 };
 
 template <class T, int kFeatures>
@@ -57,7 +49,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
         barrier_init(&beside.queries, 1);
         for (int i = 0; i < kStages; ++i) {
             barrier_init(&beside.keys_full[i], 1), barrier_init(&beside.values_full[i], 1);
-            barrier_init(&beside.keys_empty[i], 8), barrier_init(&beside.values_empty[i], 8);  // warps that read them
+            barrier_init(&beside.keys_empty[i], kConsumerWarps), barrier_init(&beside.values_empty[i], kConsumerWarps);
         }
         barriers_publish();
     }
@@ -80,29 +72,26 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
     Scan scan(num_tiles);
 
     if (group == 0) {
-        registers_give<48>();
+        registers_give<kProducerRegisters>();
         if (threadIdx.x >= kWarp) return;
         const int kv_head = static_cast<int>(op.kv_index[head]);
         int tile = scan.next(is_visited);
         if (tile < num_tiles && lane == 0) {
             barrier_expect(&beside.queries, kSlabs * kQuerySlab);
-            for (int slab = 0; slab < kSlabs; ++slab)
-                copy_box(bytes + slab * kQuerySlab, given.q, &beside.queries, slab * kSlab, head, first, batch);
+            bring_rows(bytes, kSlabs, kQuerySlab, given.q, &beside.queries, head, first, batch);
         }
         for (Ring ring; tile < num_tiles; ring.advance(), tile = scan.next(is_visited)) {
             if (lane != 0) continue;
             const auto bring = [&](unsigned char* tiles, const CUtensorMap& tensor, uint64_t* full, uint64_t* empty) {
                 barrier_wait(&empty[ring.stage], ring.parity ^ 1);
                 barrier_expect(&full[ring.stage], kTile);
-                for (int slab = 0; slab < kSlabs; ++slab)
-                    copy_box(tiles + ring.stage * kTile + slab * kTileSlab, tensor, &full[ring.stage], slab * kSlab, kv_head,
-                             tile * kKeys, batch);
+                bring_rows(tiles + ring.stage * kTile, kSlabs, kTileSlab, tensor, &full[ring.stage], kv_head, tile * kKeys, batch);
             };
             bring(k_tiles, given.k, beside.keys_full, beside.keys_empty);
             bring(v_tiles, given.v, beside.values_full, beside.values_empty);
         }
     } else {
-        registers_take<232>();
+        registers_take<kConsumerRegisters>();
         const int within = (group - 1) * 64 + threadIdx.x % kWarpgroup / kWarp * kStrip, strip = first + within;
         const int mine = strip + lane / 4;
         const float slope = op.rule.slopes ? static_cast<float>(((const double*)op.rule.slopes)[head]) / op.scale : 0.0f;
@@ -114,22 +103,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
         clear(out);
 
         const auto begin_scores = [&](int stage) {
-            products_open();
-#pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                const int slab = step / 4, column = step % 4 * 32;
-                multiply_shared<T>(s, descriptor(q_address + slab * kQuerySlab + column, 16, kSwizzleBytes),
-                                   descriptor(k_address + stage * kTile + slab * kTileSlab + column, 16, kSwizzleBytes), step > 0);
-            }
-            products_close();
+            begin_rows<kSteps, kQuerySlab, kTileSlab, T>(s, q_address, k_address + stage * kTile);
         };
         const auto begin_outputs = [&](int stage) {
-            products_open();
-#pragma unroll
-            for (int step = 0; step < kKeys / 16; ++step)
-                multiply_held<T>(out, weights[step],
-                                 descriptor(v_address + stage * kTile + step * 16 * kSlabRowBytes, kTileSlab, kSwizzleBytes));
-            products_close();
+            begin_columns<kKeys / 16, kTileSlab, T>(out, weights, v_address + stage * kTile);
         };
         const auto apply_rule = [&](int tile) {
             const int from = tile * kKeys;
@@ -141,13 +118,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
             rule_scores(s, op.rule, batch, rows, from, op.num_keys, slope, whole, live);
             soften(s, most, total, scale, factor);
             if (op.rule.dropout_threshold) drop(s, op.rule, batch, head, rows, from, op.num_keys);
-        };
-        const auto round_weights = [&] {
-#pragma unroll
-            for (int k = 0; k < kGroups; k += 2)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    weights[k / 2][i] = pack_pair<T>(s[k + i / 2][i % 2 * 2], s[k + i / 2][i % 2 * 2 + 1]);
         };
         const auto leave = [&](uint64_t* empty, int stage) {
             if (lane == 0) barrier_arrive(&empty[stage]);
@@ -163,7 +133,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
             pin(s);
             leave(beside.keys_empty, 0);
             apply_rule(tile);
-            round_weights();
+            round_factors<T>(weights, s);
             for (tile = scan.next(is_visited); tile < num_tiles; tile = scan.next(is_visited)) {
                 keys.advance();
                 barrier_wait(&beside.keys_full[keys.stage], keys.parity);
@@ -179,7 +149,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
                 leave(beside.values_empty, values.stage);
                 values.advance();
                 shrink(out, factor);
-                round_weights();
+                round_factors<T>(weights, s);
             }
             barrier_wait(&beside.values_full[values.stage], values.parity);
             begin_outputs(values.stage);
@@ -189,40 +159,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
         write_output(op, out, most, total, batch, head, mine, 0);
     }
 #endif
-}
-
-// How the copy engine sees a tensor (batch, sequence, head, D), in boxes of 64 features of one head of `rows` places.
-template <class T>
-CUtensorMap tensor_map(const HeadTensor<const T>& x, int64_t batch, int64_t length, int64_t heads, int64_t features, int rows) {
-    using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {
-        void* found = nullptr;
-        cudaDriverEntryPointQueryResult status;
-        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status), "the driver");
-        if (status != cudaDriverEntryPointSuccess || !found) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
-        return reinterpret_cast<Encode>(found);
-    }();
-    const auto bytes_of = [&](int64_t size, int64_t stride) {  // of one that is not stepped over, any
-        return static_cast<cuuint64_t>(size > 1 ? stride : features) * sizeof(T);
-    };
-    const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(features), static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(length),
-                                 static_cast<cuuint64_t>(batch)};
-    const cuuint64_t strides[3] = {bytes_of(heads, x.strides.head), bytes_of(length, x.strides.row), bytes_of(batch, x.strides.batch)};
-    const cuuint32_t box[4] = {kSlab, 1, static_cast<cuuint32_t>(rows), 1}, steps[4] = {1, 1, 1, 1};
-    const auto dtype = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    CUtensorMap map;
-    const CUresult result =
-        encode(&map, dtype, 4, const_cast<T*>(x.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) throw std::runtime_error("a tensor that the copy engine cannot read: " + std::to_string(result));
-    return map;
-}
-
-bool is_hopper() {
-    int device = 0, major = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability of the device");
-    return major == 9;
 }
 
 }  // namespace

@@ -135,11 +135,13 @@ __device__ __forceinline__ void pin(float (&x)[groups][4]) {
 #endif
 }
 
-#define TRILITH_D4(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define TRILITH_D16(d, j) TRILITH_D4(d, j), TRILITH_D4(d, j + 1), TRILITH_D4(d, j + 2), TRILITH_D4(d, j + 3)
-#define TRILITH_D32(d, j) TRILITH_D16(d, j), TRILITH_D16(d, j + 4)
-#define TRILITH_D64(d, j) TRILITH_D32(d, j), TRILITH_D32(d, j + 8)
-#define TRILITH_D128(d, j) TRILITH_D64(d, j), TRILITH_D64(d, j + 16)
+// Operands: accumulators that are read and written ("+f"), or written only ("=f").
+#define TRILITH_D4(how, d, j) how(d[j][0]), how(d[j][1]), how(d[j][2]), how(d[j][3])
+#define TRILITH_D16(how, d, j) \
+    TRILITH_D4(how, d, j), TRILITH_D4(how, d, j + 1), TRILITH_D4(how, d, j + 2), TRILITH_D4(how, d, j + 3)
+#define TRILITH_D32(how, d, j) TRILITH_D16(how, d, j), TRILITH_D16(how, d, j + 4)
+#define TRILITH_D64(how, d, j) TRILITH_D32(how, d, j), TRILITH_D32(how, d, j + 8)
+#define TRILITH_D128(how, d, j) TRILITH_D64(how, d, j), TRILITH_D64(how, d, j + 16)
 #define TRILITH_N32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define TRILITH_N64                                                                                                              \
     TRILITH_N32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
@@ -149,30 +151,36 @@ __device__ __forceinline__ void pin(float (&x)[groups][4]) {
                 "%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,"    \
                 "%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// D (64 x 8 groups) = or += A B with both factors in shared memory, their rows along the depth.
-template <class T, int groups>
-__device__ __forceinline__ void multiply_shared(float (&d)[groups][4], uint64_t a, uint64_t b, int adds) {
+// D (64 x 8 groups) = A B, or += where it `adds`, with both factors in shared memory, their rows along the depth.
+template <bool adds, class T, int groups>
+__device__ __forceinline__ void multiply_shared(float (&d)[groups][4], uint64_t a, uint64_t b) {
     static_assert(groups == 8 || groups == 16, "64 or 128 columns");
 #if defined(TRILITH_EMULATED)
     ::trilith::emulated::multiply_shared(&d[0][0], groups, a, b, adds, std::is_same<T, __half>::value);
 #elif defined(TRILITH_HOPPER)
-#define TRILITH_INPUTS "l"(a), "l"(b), "r"(adds)
-    if constexpr (groups == 8) {
-        if constexpr (std::is_same<T, __half>::value)
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" TRILITH_N32
-                         "}, %32, %33, p, 1, 1, 0, 0;\n}\n" : TRILITH_D32(d, 0) : TRILITH_INPUTS);
-        else
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" TRILITH_N32
-                         "}, %32, %33, p, 1, 1, 0, 0;\n}\n" : TRILITH_D32(d, 0) : TRILITH_INPUTS);
+#define TRILITH_SHARED(n, type, names, left, right, flag, outputs)                                                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
+                 " {" names "}, " left ", " right ", p, 1, 1, 0, 0;\n}\n"                                                \
+                 : outputs                                                                                               \
+                 : "l"(a), "l"(b), "r"(int(adds)))
+#define TRILITH_OF_TYPE(type)                                                                                             \
+    if constexpr (groups == 8 && adds)                                                                                    \
+        TRILITH_SHARED("64", type, TRILITH_N32, "%32", "%33", "%34", TRILITH_OUT(TRILITH_D32("+f", d, 0)));               \
+    else if constexpr (groups == 8)                                                                                       \
+        TRILITH_SHARED("64", type, TRILITH_N32, "%32", "%33", "%34", TRILITH_OUT(TRILITH_D32("=f", d, 0)));               \
+    else if constexpr (adds)                                                                                              \
+        TRILITH_SHARED("128", type, TRILITH_N64, "%64", "%65", "%66", TRILITH_OUT(TRILITH_D64("+f", d, 0)));              \
+    else                                                                                                                  \
+        TRILITH_SHARED("128", type, TRILITH_N64, "%64", "%65", "%66", TRILITH_OUT(TRILITH_D64("=f", d, 0)))
+#define TRILITH_OUT(...) __VA_ARGS__
+    if constexpr (std::is_same<T, __half>::value) {
+        TRILITH_OF_TYPE("f16");
     } else {
-        if constexpr (std::is_same<T, __half>::value)
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" TRILITH_N64
-                         "}, %64, %65, p, 1, 1, 0, 0;\n}\n" : TRILITH_D64(d, 0) : TRILITH_INPUTS);
-        else
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" TRILITH_N64
-                         "}, %64, %65, p, 1, 1, 0, 0;\n}\n" : TRILITH_D64(d, 0) : TRILITH_INPUTS);
+        TRILITH_OF_TYPE("bf16");
     }
-#undef TRILITH_INPUTS
+#undef TRILITH_OUT
+#undef TRILITH_OF_TYPE
+#undef TRILITH_SHARED
 #endif
 }
 
@@ -183,30 +191,27 @@ __device__ __forceinline__ void multiply_held(float (&d)[groups][4], const uint3
 #if defined(TRILITH_EMULATED)
     ::trilith::emulated::multiply_held(&d[0][0], groups, a, b, std::is_same<T, __half>::value);
 #elif defined(TRILITH_HOPPER)
-#define TRILITH_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1)
-    if constexpr (groups == 8) {
-        if constexpr (std::is_same<T, __half>::value)
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" TRILITH_N32
-                         "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;\n}\n" : TRILITH_D32(d, 0) : TRILITH_INPUTS);
-        else
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" TRILITH_N32
-                         "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;\n}\n" : TRILITH_D32(d, 0) : TRILITH_INPUTS);
-    } else if constexpr (groups == 16) {
-        if constexpr (std::is_same<T, __half>::value)
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" TRILITH_N64
-                         "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;\n}\n" : TRILITH_D64(d, 0) : TRILITH_INPUTS);
-        else
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" TRILITH_N64
-                         "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;\n}\n" : TRILITH_D64(d, 0) : TRILITH_INPUTS);
+#define TRILITH_HELD(n, type, names, left, right, flag, outputs)                                                         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
+                 " {" names "}, {" left "}, " right ", p, 1, 1, 1;\n}\n"                                                 \
+                 : outputs                                                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
+#define TRILITH_OF_TYPE(type)                                                                                               \
+    if constexpr (groups == 8)                                                                                              \
+        TRILITH_HELD("64", type, TRILITH_N32, "%32,%33,%34,%35", "%36", "%37", TRILITH_OUT(TRILITH_D32("+f", d, 0)));       \
+    else if constexpr (groups == 16)                                                                                        \
+        TRILITH_HELD("128", type, TRILITH_N64, "%64,%65,%66,%67", "%68", "%69", TRILITH_OUT(TRILITH_D64("+f", d, 0)));      \
+    else                                                                                                                    \
+        TRILITH_HELD("256", type, TRILITH_N128, "%128,%129,%130,%131", "%132", "%133", TRILITH_OUT(TRILITH_D128("+f", d, 0)))
+#define TRILITH_OUT(...) __VA_ARGS__
+    if constexpr (std::is_same<T, __half>::value) {
+        TRILITH_OF_TYPE("f16");
     } else {
-        if constexpr (std::is_same<T, __half>::value)
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" TRILITH_N128
-                         "}, {%128,%129,%130,%131}, %132, p, 1, 1, 1;\n}\n" : TRILITH_D128(d, 0) : TRILITH_INPUTS);
-        else
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" TRILITH_N128
-                         "}, {%128,%129,%130,%131}, %132, p, 1, 1, 1;\n}\n" : TRILITH_D128(d, 0) : TRILITH_INPUTS);
+        TRILITH_OF_TYPE("bf16");
     }
-#undef TRILITH_INPUTS
+#undef TRILITH_OUT
+#undef TRILITH_OF_TYPE
+#undef TRILITH_HELD
 #endif
 }
 

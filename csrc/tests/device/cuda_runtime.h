@@ -112,6 +112,7 @@ inline int __shfl_xor_sync(uint32_t, int x, int step, int width = 32) {
     return static_cast<int>(trilith::emulated::exchange(static_cast<uint32_t>(x), step, width));
 }
 inline uint32_t __ballot_sync(uint32_t, bool bit) { return trilith::emulated::ballot(bit); }
+inline void __syncwarp() { trilith::emulated::ballot(true); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
