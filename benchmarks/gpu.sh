@@ -16,3 +16,4 @@ mkdir -p "${OUT:-benchmarks/results}"
 "$PYTHON" -m pytest -m gpu -p no:cacheprovider tests || exit $?
 "$PYTHON" -m benchmarks.step --json "${OUT:-benchmarks/results}/step_gpu.json"
 "$PYTHON" -m benchmarks.gpu_kernels --json "${OUT:-benchmarks/results}/kernels_gpu.json"
+"$PYTHON" -m benchmarks.gpu_attention --json "${OUT:-benchmarks/results}/attention_gpu.json"
