@@ -21,7 +21,8 @@ from trilith.topology import Topology
 
 
 class TokenFeed:
-    """Microbatches of a language model's token stream. Only ranks with the first or the last stage read tokens."""
+    """Microbatches of a language model's token stream. Only ranks with the first or the last stage read tokens, unless
+    each must know which documents they are of."""
 
     def __init__(
         self, plan: Plan, topology: Topology, stages: Mapping[int, StageModel], failpoints: Failpoints
@@ -67,7 +68,8 @@ class TokenFeed:
         positions = torch.arange(self.config.model.sequence_length, device=device)
         batches = []
         for sample_ids, targets in zip(ids, counted, strict=True):
-            sample = data.samples(sample_ids) if self._is_first or self._is_last else None
+            is_read = self._is_first or self._is_last or data.numbers_documents
+            sample = data.samples(sample_ids) if is_read else None
             batches.append(
                 Microbatch(
                     tokens=self._place(sample.tokens) if sample is not None and self._is_first else None,
@@ -76,6 +78,7 @@ class TokenFeed:
                     positions=positions,
                     sample_ids=torch.from_numpy(sample_ids).to(device),
                     loss_weight=1.0 / max(targets, 1),  # no label counts: the loss is 0
+                    documents=None if sample is None else self._place(sample.documents),
                 )
             )
         return StepBatch(batches, self.boundary(batches[0]), total)

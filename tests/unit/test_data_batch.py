@@ -35,6 +35,7 @@ class DataSection:
     cache_directory: str | None = None
     tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
     loss_mask: str = "none"
+    reset_attention_mask: bool = False
     eod_token: int | None = None
     max_corpus_bytes: int | None = None
 
@@ -115,6 +116,20 @@ def test_loss_mask_leaves_out_end_of_document_labels(tmp_path: Path) -> None:
     assert np.array_equal(samples.loss_mask, samples.labels != 0)
     assert 0 < masked.count_targets(ids) == samples.loss_mask.sum() < 350
     assert open_batches(data, 7, 1000, "train").count_targets(ids) == 350
+
+
+def test_documents_are_numbered_up_to_their_last_token(tmp_path: Path) -> None:
+    data = DataSection(paths=(data_set(tmp_path / "a", 1, 30),), split=(1, 0, 0))
+    numbered = open_batches(replace(data, reset_attention_mask=True, eod_token=0), 7, 1000, "train")
+    samples = numbered.samples(np.arange(50))
+    assert samples.documents is not None and samples.documents.shape == samples.tokens.shape
+    for tokens, documents in zip(samples.tokens, samples.documents, strict=True):
+        ended = 0
+        for token, document in zip(tokens, documents, strict=True):
+            assert document == ended
+            ended += int(token == 0)
+    plain = open_batches(data, 7, 1000, "train")
+    assert plain.samples([3]).documents is None and plain.fingerprint != numbered.fingerprint
 
 
 def test_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ class DataConfig(ConfigModel):
     loss_mask: Literal["none", "eod"] = key(
         "none", "Labels left out of the loss: none, or those that are the end-of-document token (eod)."
     )
+    reset_attention_mask: Bool = key(
+        False, "Tokens see their own document only, up to and with its end-of-document token; positions count through."
+    )
     eod_token: CountOrZero | None = key(
         None, "End-of-document token; null: the tokenizer's, where there is one.", "token id"
     )

@@ -81,12 +81,14 @@ def vocabulary_holds_tokens(config: Config) -> list[Violation]:
     return found
 
 
-def loss_mask_knows_its_token(config: Config) -> list[Violation]:
+def masks_know_their_token(config: Config) -> list[Violation]:
     """Data sets without a tokenizer do not say which token ends a document."""
     data = config.data
-    if data.loss_mask == "none" or data.eod_token is not None or not data.paths or data.tokenizer.path:
+    asks = "data.loss_mask is eod" if data.loss_mask == "eod" else "data.reset_attention_mask is true"
+    needs_it = data.loss_mask == "eod" or data.reset_attention_mask
+    if not needs_it or data.eod_token is not None or not data.paths or data.tokenizer.path:
         return []
-    rule = "is not given, but data.loss_mask is eod and no tokenizer says which token ends a document"
+    rule = f"is not given, but {asks} and no tokenizer says which token ends a document"
     return [Violation("data.eod_token", NotGiven(), rule, "Give the token id.")]
 
 
@@ -286,7 +288,10 @@ RULES: tuple[Rule, ...] = (
     Rule(("model.family", "model.activation"), activation_of_family),
     Rule(("data.corpus", "data.paths"), one_data_source),
     Rule(("model.vocab_size", "data.corpus", "data.tokenizer", "data.eod_token"), vocabulary_holds_tokens),
-    Rule(("data.loss_mask", "data.eod_token", "data.paths", "data.tokenizer"), loss_mask_knows_its_token),
+    Rule(
+        ("data.loss_mask", "data.reset_attention_mask", "data.eod_token", "data.paths", "data.tokenizer"),
+        masks_know_their_token,
+    ),
     Rule(("data.split", "training.eval_interval"), split_has_samples),
     Rule(("compile", "parallel.tensor", "activation_checkpointing.recompute"), compile_fits),
     Rule(("training.generate_tokens", "data.corpus", "data.paths", "data.tokenizer"), sample_needs_text),

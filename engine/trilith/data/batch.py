@@ -68,6 +68,10 @@ class DataSettings(Protocol):
         """ "none" or "eod"."""
 
     @property
+    def reset_attention_mask(self) -> bool:
+        """Whether documents are numbered."""
+
+    @property
     def eod_token(self) -> int | None:
         """End-of-document token; None: the tokenizer's."""
 
@@ -139,32 +143,41 @@ class DatasetSource:
 @dataclass(frozen=True)
 class Samples:
     """Rows for the model: `tokens` and `labels` (n, S) int64; `loss_mask` (n, S) bool, True where a label counts, or
-    None where all do.
+    None where all do; `documents` (n, S) int64, which document of its row a token is of, where that is asked for.
     """
 
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     loss_mask: npt.NDArray[np.bool_] | None
+    documents: npt.NDArray[np.int64] | None = None
 
 
 class Batches:
     """Samples of one split by consumed-sample index, with labels and loss mask.
 
-    `vocab_size` is the model's; `loss_mask` "none" or "eod" (labels equal to `eod_token` do not count).
+    `vocab_size` is the model's; `loss_mask` "none" or "eod" (labels equal to `eod_token` do not count). With
+    `numbers_documents` samples say where documents end: with each `eod_token`.
     `num_samples` is the length of an epoch: indices may exceed it, each epoch has its own order. `fingerprint` changes
     with anything that changes the samples: keep it in a checkpoint and compare on resume.
     """
 
     def __init__(
-        self, source: TokenSource, vocab_size: int, loss_mask: str = "none", eod_token: int | None = None
+        self,
+        source: TokenSource,
+        vocab_size: int,
+        loss_mask: str = "none",
+        eod_token: int | None = None,
+        numbers_documents: bool = False,
     ) -> None:
         assert loss_mask in ("none", "eod"), loss_mask
-        assert loss_mask == "none" or eod_token is not None
+        assert (loss_mask == "none" and not numbers_documents) or eod_token is not None
         self.vocab_size = vocab_size
         self.sequence_length = source.sequence_length
         self.eod_token = eod_token
         self.fingerprint = f"{source.fingerprint}-{loss_mask}-{eod_token if loss_mask == 'eod' else ''}"
-        self._source, self._masks = source, loss_mask == "eod"
+        if numbers_documents:
+            self.fingerprint += f"-documents-{eod_token}"
+        self._source, self._masks, self.numbers_documents = source, loss_mask == "eod", numbers_documents
 
     @property
     def num_samples(self) -> int:
@@ -182,7 +195,13 @@ class Batches:
             self._refuse_token(wanted, windows)
         labels = np.ascontiguousarray(windows[:, 1:])
         mask = labels != self.eod_token if self._masks else None
-        return Samples(np.ascontiguousarray(windows[:, :-1]), labels, mask)
+        return Samples(np.ascontiguousarray(windows[:, :-1]), labels, mask, self._documents(windows[:, :-1]))
+
+    def _documents(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        if not self.numbers_documents:
+            return None
+        ends = (tokens == self.eod_token).astype(np.int64)
+        return np.ascontiguousarray(ends.cumsum(axis=1) - ends)
 
     def count_targets(self, ids: Any) -> int:
         """How many labels of the samples `ids` count: the denominator of the loss, known before the first backward."""
@@ -283,9 +302,10 @@ def open_batches(data: DataSettings, sequence_length: int, vocab_size: int, spli
         source = DatasetSource(
             [IndexedDataset(prefix) for prefix in prefixes], data.split, split, sequence_length, data.seed
         )
-    if data.loss_mask == "eod" and eod_token is None:
+    if (data.loss_mask == "eod" or data.reset_attention_mask) and eod_token is None:
         tokenizer = open_tokenizer(data)
         if tokenizer is None:
-            raise DataError("data.loss_mask = 'eod': set data.eod_token or data.tokenizer.path")
+            asks = "loss_mask = 'eod'" if data.loss_mask == "eod" else "reset_attention_mask = true"
+            raise DataError(f"data.{asks}: set data.eod_token or data.tokenizer.path")
         eod_token = tokenizer.eod
-    return Batches(source, vocab_size, data.loss_mask, eod_token)
+    return Batches(source, vocab_size, data.loss_mask, eod_token, data.reset_attention_mask)

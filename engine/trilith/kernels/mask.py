@@ -155,4 +155,16 @@ def document_mask(documents: Tensor, causal: bool = True) -> AttentionMask:
     return AttentionMask(causal=causal, key_begins=begins, key_ends=begins + sizes.gather(-1, number))
 
 
+def packed_mask(cu_seqlens: Tensor, causal: bool = True) -> AttentionMask:
+    """The mask of sequences of any lengths one behind the other in one sample.
+
+    `cu_seqlens` (n + 1,) integers: where each begins, from 0 on, and where the last one ends (as in flash-attention).
+    """
+    lengths = cu_seqlens.diff()
+    if cu_seqlens.dim() != 1 or int(cu_seqlens[0]) != 0 or int(lengths.min()) < 0:
+        raise KernelError(f"attention: cu_seqlens {cu_seqlens.tolist()}: must begin with 0 and never fall")
+    numbers = torch.arange(len(lengths), device=cu_seqlens.device)
+    return document_mask(numbers.repeat_interleave(lengths), causal)
+
+
 CAUSAL, FULL = AttentionMask(), AttentionMask(causal=False)

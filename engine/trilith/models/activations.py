@@ -29,7 +29,7 @@ class ActivationSetting:
     `recompute` is `none`, `selective` or `full`; `dtype_bytes` those of an activation. `fused`: the families
     of ops that are one kernel and keep its inputs only (native ones; torch's norm on a GPU), not torch's chains of ops.
     `fused_loss`: the last product and the loss are one op, in schedules that leave backward whole. `sparse`: the blocks of
-    scores that attention computes, where these are not all.
+    scores that attention computes, where these are not all. `documents`: tokens see their own documents only.
     """
 
     batch_size: int
@@ -40,6 +40,7 @@ class ActivationSetting:
     fused: frozenset[str] = frozenset()
     fused_loss: bool = False
     sparse: SparseBlocks | None = None
+    documents: bool = False
 
     @property
     def wide_bytes(self) -> int:
@@ -192,12 +193,13 @@ def _attention(model: ModelConfig, setting: ActivationSetting, heads: _Heads) ->
     if "attention" in setting.fused:
         return packed + queries + softmax_sums
     sparse = None if isinstance(setting.sparse, DenseBlocks) else setting.sparse
-    if model.attention_dropout > 0.0 or sparse is not None:
+    if model.attention_dropout > 0.0 or sparse is not None or setting.documents:
         # The reference: q, k and v of all heads in full precision, S x S matrices (the softmax, the factors of dropout,
         # and what multiplies v), and which keys are not seen.
         matrices = 3 if model.attention_dropout > 0.0 else 2
         squares = matrices * tokens * model.sequence_length * heads.queries * wide
         layouts = heads.queries if sparse is not None and differs_by_head(sparse) else 1
+        layouts *= setting.batch_size if setting.documents else 1
         unseen = model.sequence_length**2 * BOOL_BYTES * layouts
         return 3 * queries // element * wide + squares + unseen + queries
     copied = 0 if heads.regular else 2 * queries  # keys and values repeated for each query head

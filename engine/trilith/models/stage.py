@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trilith.config.model_keys import ModelConfig
 from trilith.config.sparse_keys import SparseBlocks
 from trilith.kernels.backends import DEFAULT, Backends
-from trilith.kernels.mask import CAUSAL, AttentionMask, BlockLayout
+from trilith.kernels.mask import CAUSAL, AttentionMask, BlockLayout, document_mask
 from trilith.kernels.weight_queue import WeightQueue
 from trilith.layers.compiled import compile_forward
 from trilith.layers.placement import Placement
@@ -116,13 +116,14 @@ class StageModel(nn.Module):
         region = self.settings.placement.region_slice(batch.positions.shape[0])
         rotates = self.settings.model.family == "llama" and len(self.layers) > 0
         tables = llama.rotary(self.settings, batch.positions) if rotates else None
-        return StageInput(batch, batch.positions[region], tables, self._mask())
+        return StageInput(batch, batch.positions[region], tables, self._mask(batch))
 
-    def _mask(self) -> AttentionMask:
+    def _mask(self, batch: Microbatch) -> AttentionMask:
         """What the queries of this rank's heads see."""
+        mask = CAUSAL if batch.documents is None else document_mask(batch.documents)
         if self.live_blocks is None or self.settings.sparse is None:
-            return CAUSAL
-        return AttentionMask(blocks=BlockLayout(self.settings.sparse.block, self.live_blocks))
+            return mask
+        return replace(mask, blocks=BlockLayout(self.settings.sparse.block, self.live_blocks))
 
     def _observed(self, unit: str, output: Tensor, batch: Microbatch) -> Tensor:
         if self.observer is not None:

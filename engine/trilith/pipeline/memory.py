@@ -60,6 +60,7 @@ def activation_setting(config: Config) -> ActivationSetting:
         fused=_fused(config),
         fused_loss=config.kernels.fused_loss and not _may_split(config),
         sparse=config.sparse_attention,
+        documents=config.data.reset_attention_mask,
     )
 
 
