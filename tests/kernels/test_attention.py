@@ -222,3 +222,41 @@ def test_on_meta() -> None:
 def test_refusals(how: dict[str, Any], message: str) -> None:
     with pytest.raises(KernelError, match=message):
         ops.attention(*inputs(6, 4, torch.float32), **how)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_parts_make_the_whole(causal: bool, backend: str, p: float) -> None:
+    """Attention over three parts of the keys, of which a causal query sees none of some, and their gradients."""
+    length = 70
+    given = inputs(length, 12, torch.float64)
+    places = torch.arange(length)
+    dropout: dict[str, Any] = {
+        "dropout_p": p,
+        "key": KEY,
+        "sample_ids": torch.tensor([3, 2**33 + 1]),
+        "backend": backend,
+    }
+    whole = run(ops.attention, given, mask=AttentionMask(causal=causal), head_range=(5, 5 + N), **dropout)
+    q, k, v = (x.detach() for x in given)
+    parts = []
+    for at in (slice(0, 30), slice(30, 31), slice(31, length)):
+        mask = AttentionMask(causal=causal, query_positions=places, key_positions=places[at])
+        parts.append((at, {"mask": mask, "first_head": 5, **dropout}))
+    found = [ops.partial_attention(q, k[:, at], v[:, at], **how) for at, how in parts]
+    out, lse = ops.combine_partials(found)
+    torch.testing.assert_close(out, whole[0], rtol=0, atol=1e-13)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gradients = [ops.partial_attention_backward(upstream, q, k[:, at], v[:, at], out, lse, **how) for at, how in parts]
+    dq = sum((part[0] for part in gradients), torch.zeros_like(q))
+    dk, dv = (torch.cat([part[i] for part in gradients], dim=1) for i in (1, 2))
+    for one, two in zip((dq, dk, dv), whole[1:], strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-13)
+
+
+def test_a_query_that_sees_nothing_of_any_part() -> None:
+    q, k, v = (x.detach() for x in inputs(20, 8, torch.float32))
+    mask = AttentionMask(query_positions=torch.arange(20), key_positions=torch.arange(20) + 5)
+    out, lse = ops.combine_partials([ops.partial_attention(q, k, v, mask=mask)] * 2)
+    assert out[:, :5].eq(0.0).all() and lse[..., :5].isneginf().all() and out.isfinite().all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,17 +130,8 @@ def attention(
     Query head i reads key/value head `kv_index[i]` and has the global index `head_range[0] + i` in the dropout stream.
     A query that sees no key gives zeros.
     """
-    queries = (widened(q) * q.shape[-1] ** -0.5).transpose(1, 2)
-    keys = widened(expand_heads(k, kv_index)).transpose(1, 2)
+    scores, visible = _scores(q, k, kv_index, mask)
     values = widened(expand_heads(v, kv_index)).transpose(1, 2)
-    scores = queries @ keys.transpose(-1, -2)
-    length, num_keys = scores.shape[-2:]
-    bias = mask.bias(length, num_keys, scores.dtype, q.device)
-    if bias is not None:
-        scores = scores + bias
-    visible = mask.visible(length, num_keys, q.device)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
     weights = functional.softmax(scores, dim=-1)
     if visible is not None and mask is not CAUSAL:
         weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
@@ -147,6 +139,63 @@ def attention(
         assert sample_ids is not None, "attention dropout needs the sample ids"
         weights = dropped(weights, _attention_keep(mask, key, sample_ids, head_range, weights, dropout_p), dropout_p)
     return (weights @ values).transpose(1, 2).to(q.dtype)
+
+
+def attention_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, kv_index: Sequence[int], mask: AttentionMask, **dropout: Any
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the log-sum-exp of each query's scores (B, N, S), wide; minus infinity where nothing is seen."""
+    scores, _ = _scores(q, k, kv_index, mask)
+    return attention(q, k, v, kv_index=kv_index, mask=mask, **dropout), scores.logsumexp(-1)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    kv_index: Sequence[int],
+    mask: AttentionMask,
+    dropout_p: float = 0.0,
+    key: Key = (0, 0),
+    sample_ids: Tensor | None = None,
+    head_range: tuple[int, int] = (0, 0),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `out` and `lse` (B, N, S) are of these keys or of more (Dao et al. 2022, algorithm 4)."""
+    scores, _ = _scores(q, k, kv_index, mask)
+    weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
+    keys, values = (widened(expand_heads(x, kv_index)).transpose(1, 2) for x in (k, v))
+    gradient = widened(dout).transpose(1, 2)
+    kept = torch.ones((), dtype=weights.dtype, device=weights.device)
+    if dropout_p > 0.0:
+        assert sample_ids is not None, "attention dropout needs the sample ids"
+        keep = _attention_keep(mask, key, sample_ids, head_range, weights, dropout_p)
+        kept = dropped(torch.ones_like(weights), keep, dropout_p)
+    delta = (gradient * widened(out).transpose(1, 2)).sum(-1, keepdim=True)
+    scale = q.shape[-1] ** -0.5
+    dscores = weights * (gradient @ values.transpose(-1, -2) * kept - delta) * scale
+    dq = dscores @ keys
+    dk = dscores.transpose(-1, -2) @ widened(q).transpose(1, 2)
+    dv = (weights * kept).transpose(-1, -2) @ gradient
+    index = torch.tensor(kv_index, device=q.device)
+    summed = [dq.new_zeros((len(k), k.shape[2], *x.shape[2:])).index_add_(1, index, x) for x in (dk, dv)]
+    dq, dk, dv = (x.transpose(1, 2) for x in (dq, *summed))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, kv_index: Sequence[int], mask: AttentionMask) -> tuple[Tensor, Tensor | None]:
+    """Scaled scores (B, N, S, S'), minus infinity where a key is not seen, and which are; None: all."""
+    queries = (widened(q) * q.shape[-1] ** -0.5).transpose(1, 2)
+    scores = queries @ widened(expand_heads(k, kv_index)).transpose(1, 2).transpose(-1, -2)
+    length, num_keys = scores.shape[-2:]
+    bias = mask.bias(length, num_keys, scores.dtype, q.device)
+    if bias is not None:
+        scores = scores + bias
+    visible = mask.visible(length, num_keys, q.device)
+    return scores if visible is None else scores.masked_fill(~visible, float("-inf")), visible
 
 
 def masked_softmax(x: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:

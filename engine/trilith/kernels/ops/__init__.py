@@ -7,7 +7,13 @@ an op goes into that op's file here and is held to the same tests.
 
 from trilith.kernels.library import takes
 from trilith.kernels.ops.activation import bias_gelu, geglu, geglu_packed, gelu, swiglu, swiglu_packed
-from trilith.kernels.ops.attention import attention, packed_attention
+from trilith.kernels.ops.attention import (
+    attention,
+    combine_partials,
+    packed_attention,
+    partial_attention,
+    partial_attention_backward,
+)
 from trilith.kernels.ops.cross_entropy import (
     cross_entropy_gradient,
     cross_entropy_terms,
@@ -29,6 +35,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "bias_gelu",
+    "combine_partials",
     "cross_entropy_gradient",
     "cross_entropy_terms",
     "dropout",
@@ -43,6 +50,8 @@ __all__ = [
     "log_normalisers",
     "masked_softmax",
     "packed_attention",
+    "partial_attention",
+    "partial_attention_backward",
     "rms_norm",
     "rotary",
     "rotary_packed",
