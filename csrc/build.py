@@ -39,6 +39,9 @@ CUDA_ARCHS = "80 90a 90+ptx"
 CUDA_FLAGS = "-std=c++17 -O3 --expt-relaxed-constexpr -cudart static"
 # As UNFUSED, on the device: its bits are those of the processor's.
 CUDA_UNFUSED = ("optimizer",)
+# What only Hopper runs is compiled for nothing else, where that is among the architectures.
+HOPPER = "90a"
+HOPPER_SOURCES = ("attention_sm90", "attention_sm90_backward")
 # Every step that the sanitizers object to ends the program. Frames stay, so that what they say names functions.
 # Unoptimised, GCC warns of its intrinsics more than it does already.
 SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-uninitialized"
@@ -99,26 +102,24 @@ def build_cuda_library(target: Path, folder: Path, verbose: bool = False) -> Non
     _run_ninja("\n".join(lines) + "\n", folder, nvcc, verbose)
 
 
-def cuda_reports(folder: Path, archs: str) -> dict[str, str]:
-    """What the assembler says of the registers and spills of each file of csrc/cuda, compiled for `archs` in `folder`."""
-    nvcc = find_nvcc()
-    lines, objects = _cuda_rules(nvcc, archs, "-Xptxas -v", " > $out.report 2>&1 || (cat $out.report; exit 1)")
+def cuda_reports(folder: Path, archs: str, all_types: bool = False) -> dict[str, str]:
+    """What the assembler says of the registers and spills of each file of csrc/cuda, compiled for `archs` in `folder`.
+
+    With `all_types`, else without fp16, whose kernels differ from those of bf16 in a conversion.
+    """
+    nvcc, types = find_nvcc(), "" if all_types else "-DTRILITH_NO_F16"
+    lines, objects = _cuda_rules(nvcc, archs, f"-Xptxas -v {types}", " > $out.report 2>&1 || (cat $out.report; exit 1)")
     _run_ninja("\n".join([*lines, f"default {' '.join(objects)}"]) + "\n", folder, nvcc, False)
     return {name: (folder / f"{name}.report").read_text() for name in objects}
 
 
 def _cuda_rules(nvcc: str, archs: str, more: str = "", behind: str = "") -> tuple[list[str], list[str]]:
     """The lines of a build file that compile csrc/cuda for `archs` ("80 90a 90+ptx"), and the objects that they make."""
-    codes = []
-    for arch in archs.split():
-        number, _, ptx = arch.partition("+")
-        code = f"compute_{number}" if ptx else f"sm_{number}"
-        codes.append(f"-gencode=arch=compute_{number},code={code}")
     lines = [
         f"nvcc = {nvcc}",
-        f"cuda_flags = {CUDA_FLAGS} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} -I {CSRC}",
+        f"cuda_flags = {CUDA_FLAGS} -Xcompiler -fPIC,-fvisibility=hidden -I {CSRC}",
         "rule cuda",
-        f"  command = $nvcc $cuda_flags $more {more} -MMD -MF $out.d -c $in -o $out{behind}",
+        f"  command = $nvcc $cuda_flags $codes $more {more} -MMD -MF $out.d -c $in -o $out{behind}",
         "  description = $out",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -127,8 +128,19 @@ def _cuda_rules(nvcc: str, archs: str, more: str = "", behind: str = "") -> tupl
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         objects.append(f"cuda_{source.stem}.o")
         unfused = "--fmad=false" if source.stem in CUDA_UNFUSED else ""
-        lines += [f"build {objects[-1]}: cuda {source}", f"  more = {unfused}"]
+        codes = _codes(HOPPER if source.stem in HOPPER_SOURCES and HOPPER in archs.split() else archs)
+        lines += [f"build {objects[-1]}: cuda {source}", f"  more = {unfused}", f"  codes = {codes}"]
     return lines, objects
+
+
+def _codes(archs: str) -> str:
+    """The compiler's options for `archs`."""
+    codes = []
+    for arch in archs.split():
+        number, _, ptx = arch.partition("+")
+        code = f"compute_{number}" if ptx else f"sm_{number}"
+        codes.append(f"-gencode=arch=compute_{number},code={code}")
+    return " ".join(codes)
 
 
 def build_emulated(target: Path, folder: Path) -> None:

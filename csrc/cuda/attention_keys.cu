@@ -127,7 +127,9 @@ void launch_key_gradients(const Backward<T>& op, const AttentionSizes& sizes, Ad
     template void launch_key_gradients<T, 128>(const Backward<T>&, const AttentionSizes&, Address); \
     template void launch_key_gradients<T, 256>(const Backward<T>&, const AttentionSizes&, Address);
 TRILITH_KEYS(__nv_bfloat16)
+#ifndef TRILITH_NO_F16
 TRILITH_KEYS(__half)
+#endif
 #undef TRILITH_KEYS
 
 }  // namespace trilith::cuda

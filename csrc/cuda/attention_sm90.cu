@@ -186,7 +186,9 @@ bool launch_on_hopper(const Forward<T>& op, const AttentionSizes& sizes, Address
     template bool launch_on_hopper<T, 128>(const Forward<T>&, const AttentionSizes&, Address); \
     template bool launch_on_hopper<T, 256>(const Forward<T>&, const AttentionSizes&, Address);
 TRILITH_HOPPERS(__nv_bfloat16)
+#ifndef TRILITH_NO_F16
 TRILITH_HOPPERS(__half)
+#endif
 #undef TRILITH_HOPPERS
 
 }  // namespace trilith::cuda

@@ -318,7 +318,9 @@ bool launch_gradients_on_hopper(const Backward<T>& op, const AttentionSizes& siz
     template bool launch_gradients_on_hopper<T, 128>(const Backward<T>&, const AttentionSizes&, Address); \
     template bool launch_gradients_on_hopper<T, 256>(const Backward<T>&, const AttentionSizes&, Address);
 TRILITH_HOPPERS(__nv_bfloat16)
+#ifndef TRILITH_NO_F16
 TRILITH_HOPPERS(__half)
+#endif
 #undef TRILITH_HOPPERS
 
 }  // namespace trilith::cuda

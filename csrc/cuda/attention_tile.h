@@ -238,7 +238,9 @@ void with_attention_kernel(int dtype, int64_t features, F&& f) {
     };
     switch (static_cast<DType>(dtype)) {
         case DType::bf16: of_type(Tag<__nv_bfloat16>()); break;
+#ifndef TRILITH_NO_F16
         case DType::f16: of_type(Tag<__half>()); break;
+#endif
         default: throw std::invalid_argument("attention on CUDA takes bf16 and fp16");
     }
 }

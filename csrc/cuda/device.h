@@ -97,7 +97,9 @@ void with_device_dtype(int dtype, F&& f) {
     switch (static_cast<DType>(dtype)) {
         case DType::f32: f(Tag<float>()); break;
         case DType::bf16: f(Tag<__nv_bfloat16>()); break;
+#ifndef TRILITH_NO_F16  // a build that looks at registers only
         case DType::f16: f(Tag<__half>()); break;
+#endif
         default: throw std::invalid_argument("a CUDA kernel takes fp32, bf16 and fp16");
     }
 }

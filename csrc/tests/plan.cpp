@@ -74,6 +74,12 @@ void test_attention() {
             check(shapes[i].columns % 16 == 0 && shapes[i].stride / 8 % 2 == 1, "attention: rows lie in different banks");
         }
     }
+    const int promised[4][4] = {{64, 36, 72, 54}, {96, 52, 104, 78}, {128, 68, 136, 102}, {256, 66, 132, 99}};  // attention_plan.h
+    for (const auto& row : promised) {
+        check(cuda::attention_bytes(cuda::forward_shape(row[0]), false) == row[1] << 10, "attention: KiB of forward");
+        check(cuda::attention_bytes(cuda::query_shape(row[0]), true) == row[2] << 10, "attention: KiB of queries' gradients");
+        check(cuda::attention_bytes(cuda::key_shape(row[0]), true) == row[3] << 10, "attention: KiB of keys' gradients");
+    }
     check(cuda::padded_features(4) == 0 && cuda::padded_features(264) == 0 && cuda::padded_features(68) == 0, "no such features");
     const int length = 150;
     std::vector<int64_t> prefix{70}, shuffled, begins, ends;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from trilith.pipeline.action import Kind
 from trilith.pipeline.passes import complete
 from trilith.pipeline.schedules import make_schedule
+from trilith.zero.gather_plans import GatherPlans
 from trilith.zero.residency import GatherLimits, GatherPlan, StageUses, Use, plan_gathers, uses_of
 
 NO_LIMIT = 10**9
@@ -271,3 +273,14 @@ def test_room_and_prefetch_let_a_gather_run_beside_the_use_before() -> None:
     assert plan.peak_numel == 20 and plan.num_gathers == 6
     post = plan_gathers(uses, [10] * 4, GatherLimits(20, NO_LIMIT, 10, after_backward=True))
     assert post.after == ((), (), (), (), (2,), (1,), (0,), ())
+
+
+def test_a_schedule_whose_runs_are_written_down_is_kept() -> None:
+    """What its runs wrote down is known by its identity: another one at its address would follow that, on this rank only."""
+    plans, gone = GatherPlans(cast(Any, None), None, 0), []
+    for microbatches in range(1, 50):
+        schedule = complete(make_schedule("1f1b", 1, 1, microbatches))
+        assert id(schedule) not in gone
+        gone.append(id(schedule))
+        assert plans.of(schedule) is None
+        del schedule

@@ -47,7 +47,7 @@ int current = 0, alive = 0, num_threads = 0;
 std::vector<Barrier> barriers;       // of the block
 // What the lanes of each warp hand to each other. Two sets in turn: who writes one has seen all lanes come for the other, and so
 // leave this one.
-struct Handed {
+struct alignas(8) Handed {
     unsigned char bytes[40];
 };
 std::vector<Handed> handed;
@@ -164,11 +164,8 @@ auto hand_around(const X& mine, F&& use) {
     const auto base = static_cast<size_t>(num_threads) * (turns[static_cast<size_t>(thread)]++ % 2);
     std::memcpy(handed[base + static_cast<size_t>(thread)].bytes, &mine, sizeof mine);
     wait(kBarriers + warp, held);
-    return use(held, [=](int lane) {
-        X found;
-        std::memcpy(&found, handed[base + static_cast<size_t>(first + lane)].bytes, sizeof found);
-        return found;
-    });
+    const Handed* const of_warp = handed.data() + base + first;
+    return use(held, [=](int lane) -> const X& { return *reinterpret_cast<const X*>(of_warp[lane].bytes); });
 }
 
 int lane_now() { return current % kWarp; }
@@ -230,16 +227,16 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, b
     const Factors mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
     hand_around(mine, [&](int, auto of) {
         const int g = lane_now() / 4, t = lane_now() % 4;
-        for (int i = 0; i < 4; ++i) {
-            const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
-            float sum = c[i];
-            for (int k = 0; k < 16; ++k) {
-                const int at = k % 8 / 2, upper = k / 8;
-                sum += widened(of(row % 8 * 4 + at).a[row / 8 + 2 * upper], k % 2, is_half) *
-                       widened(of(column * 4 + at).b[upper], k % 2, is_half);
-            }
-            c[i] = sum;
-        }
+        float left[2][16], right[2][16];
+        for (int at = 0; at < 4; ++at)
+            for (int upper = 0; upper < 2; ++upper)
+                for (int i = 0; i < 2; ++i) {
+                    const int k = 8 * upper + 2 * at + i;
+                    for (int half = 0; half < 2; ++half) left[half][k] = widened(of(g * 4 + at).a[half + 2 * upper], i, is_half);
+                    for (int n = 0; n < 2; ++n) right[n][k] = widened(of((2 * t + n) * 4 + at).b[upper], i, is_half);
+                }
+        for (int i = 0; i < 4; ++i)
+            for (int k = 0; k < 16; ++k) c[i] += left[i / 2][k] * right[i % 2][k];
         return 0;
     });
 }

@@ -16,15 +16,18 @@ class GatherPlans:
     def __init__(self, gatherer: Gatherer, uses: Mapping[int, StageUses] | None, rank: int) -> None:
         """`uses`: by stage of this pipeline rank, None where the order is not known and nothing can be planned."""
         self._gatherer, self._uses, self._rank = gatherer, uses, rank
-        self._plans: dict[int, tuple[Schedule, GatherPlan]] = {}
+        self._plans: dict[int, tuple[Schedule, GatherPlan | None]] = {}
 
     def of(self, schedule: Schedule) -> GatherPlan | None:
-        """The plan of this rank's actions."""
-        if self._uses is None:
-            return None
+        """The plan of this rank's actions; None where nothing can be planned.
+
+        The schedule is kept then, too: what a run of it writes down is known by its identity (`Gatherer.begin_run`).
+        """
         if id(schedule) not in self._plans:
-            uses, _ = uses_of(schedule.actions[self._rank], self._uses)
-            self._plans[id(schedule)] = (schedule, self._gatherer.plan(uses))
+            plan = None
+            if self._uses is not None:
+                plan = self._gatherer.plan(uses_of(schedule.actions[self._rank], self._uses)[0])
+            self._plans[id(schedule)] = (schedule, plan)
         return self._plans[id(schedule)][1]
 
     def insert(self, schedule: Schedule) -> Schedule:
