@@ -21,7 +21,7 @@ from trilith.trainer import Place, Trainer
 from trilith.zero.auto_placement import device_bytes
 from trilith.zero.placement import Placement
 
-STEPS = 20
+STEPS, LOSS_SCALED_STEPS = 8, 20  # overflows must come at the start, and again in the middle
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 1e-2, "weight_decay": 0.1},
     "SGD": {"lr": 1e-2, "momentum": 0.9},
@@ -42,8 +42,12 @@ DTYPES: dict[str, dict[str, Any]] = {
 }
 
 
-def content(cell: Cell, dtype: str = "fp32", optimizer: str = "AdamW", steps: int = STEPS) -> dict[str, Any]:
-    """The config of a cell's run without offload: a GPT of at least three layers, clipped, evaluated."""
+def content(cell: Cell, dtype: str = "fp32", optimizer: str = "AdamW", steps: int = 0) -> dict[str, Any]:
+    """The config of a cell's run without offload: a GPT of at least three layers, clipped, evaluated.
+
+    `steps`: as many, not as many as the dtype needs.
+    """
+    steps = steps or (LOSS_SCALED_STEPS if dtype == "fp16" else STEPS)
     found = config(cell)
     del found["data_types"]
     found |= copy.deepcopy(DTYPES[dtype]) | {"optimizer": {"type": optimizer, "params": OPTIMIZERS[optimizer]}}

@@ -25,8 +25,15 @@ def without(content: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name != "compile"}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize(("dropout", "recompute"), [(0.1, "none"), (0.0, "full")])
+@pytest.mark.parametrize(
+    ("family", "dropout", "recompute"),
+    [
+        ("gpt2", 0.1, "none"),
+        ("llama", 0.0, "full"),
+        pytest.param("gpt2", 0.0, "full", marks=pytest.mark.slow),
+        pytest.param("llama", 0.1, "none", marks=pytest.mark.slow),
+    ],
+)
 def test_same_losses(family: str, dropout: float, recompute: str) -> None:
     content = compiled(Cell(family=family, dropout=dropout, recompute=recompute, microbatches=2, grouped=True))
     assert worst_relative(reference(content), reference(without(content))) < 1e-12

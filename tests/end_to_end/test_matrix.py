@@ -10,7 +10,7 @@ from tests.cells import Cell, config, covering_array, reference_config
 from tests.runs import reference, run, worst_relative
 
 RTOL = 1e-10
-STEPS = 5  # `python -m tests.matrix` takes twice as many
+STEPS = 3  # `python -m tests.matrix` takes more
 
 
 def short(content: dict[str, Any]) -> dict[str, Any]:

@@ -343,7 +343,14 @@ else:
 """
 
 
-@pytest.mark.parametrize("ending", ["close", "keep the engine", "keep the model", "let everything go"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "close",
+        "let everything go",
+        *(pytest.param(e, marks=pytest.mark.slow) for e in ("keep the engine", "keep the model")),
+    ],
+)
 def test_under_torchrun_it_makes_the_process_group_and_ends_in_peace(tmp_path: Path, ending: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

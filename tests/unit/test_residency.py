@@ -276,7 +276,7 @@ def test_room_and_prefetch_let_a_gather_run_beside_the_use_before() -> None:
 
 
 def test_a_schedule_whose_runs_are_written_down_is_kept() -> None:
-    """What its runs wrote down is known by its identity: another one at its address would follow that, on this rank only."""
+    """What its runs wrote down is known by its identity: another at its address would follow that, on this rank only."""
     plans, gone = GatherPlans(cast(Any, None), None, 0), []
     for microbatches in range(1, 50):
         schedule = complete(make_schedule("1f1b", 1, 1, microbatches))
