@@ -49,11 +49,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attend(const __grid_cons
             q[step][i] = is_there ? *reinterpret_cast<const uint32_t*>(q_rows + row * op.q.strides.row + feature) : 0u;
         }
 
-    const int num_tiles = static_cast<int>(ceil_div(op.num_keys, kKeys));
-    const auto is_visited = [&](int tile) {
-        const int from = tile * kKeys, to = lesser(from + kKeys, op.num_keys);
-        return is_seen(hull, keys_of(op.rule, batch, from, to)) && is_live(op.rule, head, first, end, from, to);
-    };
+    const KeyTiles is_visited{op.rule, hull, batch, head, first, end, op.num_keys, kKeys};
+    const int num_tiles = is_visited.count();
     const auto begin = [&](int tile, int stage) {
         begin_tile<kFeatures, kKeys>(k_tiles + stage * kTile, k, op.k.strides.row, tile * kKeys, op.num_keys, op.features);
         begin_tile<kFeatures, kKeys>(v_tiles + stage * kTile, v, op.v.strides.row, tile * kKeys, op.num_keys, op.features);
@@ -78,8 +75,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attend(const __grid_cons
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) multiply_rows<kStride>(s, q[step], k_tiles + stage * kTile, step);
         const uint32_t live = live_groups(op.rule, head, first + strip * kStrip, from, kGroups, op.num_keys);
-        const Keys keys{from, from + kKeys, from, from + kKeys - 1};
-        const bool whole = !op.rule.key_positions && is_seen_whole(strip_hull, keys) && (!op.rule.live || live == (1u << kGroups) - 1);
+        const bool whole = sees_whole<kGroups>(op.rule, strip_hull, from, live);
         rule_scores(s, op.rule, batch, rows, from, op.num_keys, slope, whole, live);
         float factor[2];
         soften(s, most, total, scale, factor);

@@ -19,6 +19,31 @@ struct Ring {
     }
 };
 
+// The queries of a block, and the hulls of its strips: in shared memory, for registers have no room for them.
+struct BlockRows {
+    static constexpr int kRows = 128;
+    Row rows[kRows];
+    Hull strips[kRows / kStrip];
+
+    // All threads of the block call it, and wait for each other.
+    __device__ __forceinline__ void fill(const AttentionRule& rule, int64_t batch, int first, int num_queries, int num_keys) {
+        for (int i = threadIdx.x; i < kRows; i += kHopperThreads)
+            rows[i] = row_of(rule, batch, lesser(first + i, num_queries - 1), num_keys);
+        __syncthreads();
+        if (threadIdx.x < kRows / kStrip) {
+            Hull strip = no_hull();
+            for (int i = 0; i < kStrip; ++i) strip = join(strip, hull_of(rows[threadIdx.x * kStrip + i]));
+            strips[threadIdx.x] = strip;
+        }
+        __syncthreads();
+    }
+    __device__ __forceinline__ Hull hull() const {
+        Hull found = strips[0];
+        for (int i = 1; i < kRows / kStrip; ++i) found = join(found, strips[i]);
+        return found;
+    }
+};
+
 // s = A B^T: 64 rows at `left` and the rows of a tile at `right`, in slabs so far apart.
 template <int steps, int left_slab, int right_slab, class T, int groups>
 __device__ __forceinline__ void begin_rows(float (&s)[groups][4], uint32_t left, uint32_t right) {

@@ -12,13 +12,12 @@ namespace trilith::cuda {
 
 namespace {
 
-constexpr int kHopperRows = 128;
+constexpr int kHopperRows = BlockRows::kRows;
 
 // What a block has in shared memory behind its tiles: barriers, and what is seen, which registers have no room for.
 struct Beside {
     uint64_t queries, keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
-    Row rows[kHopperRows];
-    Hull strips[kHopperRows / kStrip];
+    BlockRows queries_seen;
 };
 
 constexpr int hopper_keys(int features) { return features > 128 ? 64 : 128; }
@@ -53,22 +52,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
         }
         barriers_publish();
     }
-    for (int i = threadIdx.x; i < kHopperRows; i += kHopperThreads)
-        beside.rows[i] = row_of(op.rule, batch, lesser(first + i, op.num_queries - 1), op.num_keys);
-    __syncthreads();
-    if (threadIdx.x < kHopperRows / kStrip) {
-        Hull strip = no_hull();
-        for (int i = 0; i < kStrip; ++i) strip = join(strip, hull_of(beside.rows[threadIdx.x * kStrip + i]));
-        beside.strips[threadIdx.x] = strip;
-    }
-    __syncthreads();
-    Hull hull = beside.strips[0];
-    for (int i = 1; i < kHopperRows / kStrip; ++i) hull = join(hull, beside.strips[i]);
-    const int num_tiles = static_cast<int>(ceil_div(op.num_keys, kKeys));
-    const auto is_visited = [&](int tile) {
-        const int from = tile * kKeys, to = lesser(from + kKeys, op.num_keys);
-        return is_seen(hull, keys_of(op.rule, batch, from, to)) && is_live(op.rule, head, first, end, from, to);
-    };
+    beside.queries_seen.fill(op.rule, batch, first, op.num_queries, op.num_keys);
+    const Hull hull = beside.queries_seen.hull();
+    const KeyTiles is_visited{op.rule, hull, batch, head, first, end, op.num_keys, kKeys};
+    const int num_tiles = is_visited.count();
     Scan scan(num_tiles);
 
     if (group == 0) {
@@ -111,10 +98,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
         const auto apply_rule = [&](int tile) {
             const int from = tile * kKeys;
             const uint32_t live = live_groups(op.rule, head, strip, from, kGroups, op.num_keys);
-            const Keys keys{from, from + kKeys, from, from + kKeys - 1};
-            const bool whole =
-                !op.rule.key_positions && is_seen_whole(beside.strips[within / kStrip], keys) && (!op.rule.live || live == (1u << kGroups) - 1);
-            const Row rows[2] = {beside.rows[within + lane / 4], beside.rows[within + lane / 4 + 8]};
+            const BlockRows& seen = beside.queries_seen;
+            const bool whole = sees_whole<kGroups>(op.rule, seen.strips[within / kStrip], from, live);
+            const Row rows[2] = {seen.rows[within + lane / 4], seen.rows[within + lane / 4 + 8]};
             rule_scores(s, op.rule, batch, rows, from, op.num_keys, slope, whole, live);
             soften(s, most, total, scale, factor);
             if (op.rule.dropout_threshold) drop(s, op.rule, batch, head, rows, from, op.num_keys);

@@ -12,7 +12,7 @@ namespace trilith::cuda {
 
 namespace {
 
-constexpr int kRows = 128, kPassing = 64, kGroups = kPassing / 8;
+constexpr int kRows = BlockRows::kRows, kPassing = 64, kGroups = kPassing / 8;
 
 template <class T>
 struct Hopper {
@@ -34,8 +34,7 @@ struct Stages {
 // What lies behind the tiles: for the gradients of queries, and for those of keys.
 struct BesideQueries {
     Stages stages;
-    Row rows[kRows];
-    Hull strips[kRows / kStrip];
+    BlockRows seen;
     float log2_sums[kRows], deltas[kRows];
 };
 struct BesideKeys {
@@ -91,24 +90,13 @@ __global__ void __launch_bounds__(kHopperThreads, 1) query_gradients_on_hopper(c
     const int first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kRows, end = lesser(first + kRows, op.num_queries);
     beside.stages.init();
     for (int i = threadIdx.x; i < kRows; i += kHopperThreads) {
-        beside.rows[i] = row_of(op.rule, batch, lesser(first + i, op.num_queries - 1), op.num_keys);
         beside.log2_sums[i] = op.log2_sum(batch, head, first + i);
         beside.deltas[i] = op.delta_of(batch, head, first + i);
     }
-    __syncthreads();
-    if (threadIdx.x < kRows / kStrip) {
-        Hull strip = no_hull();
-        for (int i = 0; i < kStrip; ++i) strip = join(strip, hull_of(beside.rows[threadIdx.x * kStrip + i]));
-        beside.strips[threadIdx.x] = strip;
-    }
-    __syncthreads();
-    Hull hull = beside.strips[0];
-    for (int i = 1; i < kRows / kStrip; ++i) hull = join(hull, beside.strips[i]);
-    const int num_tiles = static_cast<int>(ceil_div(op.num_keys, kPassing));
-    const auto is_visited = [&](int tile) {
-        const int from = tile * kPassing, to = lesser(from + kPassing, op.num_keys);
-        return is_seen(hull, keys_of(op.rule, batch, from, to)) && is_live(op.rule, head, first, end, from, to);
-    };
+    beside.seen.fill(op.rule, batch, first, op.num_queries, op.num_keys);
+    const Hull hull = beside.seen.hull();
+    const KeyTiles is_visited{op.rule, hull, batch, head, first, end, op.num_keys, kPassing};
+    const int num_tiles = is_visited.count();
     Scan scan(num_tiles);
 
     if (group == 0) {
@@ -152,10 +140,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1) query_gradients_on_hopper(c
             pin(s);
             const int from = tile * kPassing;
             const uint32_t live = live_groups(op.rule, head, strip, from, kGroups, op.num_keys);
-            const Keys keys{from, from + kPassing, from, from + kPassing - 1};
-            const bool whole = !op.rule.key_positions && is_seen_whole(beside.strips[within / kStrip], keys) &&
-                               (!op.rule.live || live == (1u << kGroups) - 1);
-            const Row rows[2] = {beside.rows[mine], beside.rows[mine + 8]};
+            const bool whole = sees_whole<kGroups>(op.rule, beside.seen.strips[within / kStrip], from, live);
+            const Row rows[2] = {beside.seen.rows[mine], beside.seen.rows[mine + 8]};
             rule_scores(s, op.rule, batch, rows, from, op.num_keys, slope, whole, live);
 #pragma unroll
             for (int j = 0; j < kGroups; ++j)

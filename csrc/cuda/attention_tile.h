@@ -122,6 +122,20 @@ struct Scan {
     }
 };
 
+// Which tiles of `width` keys a block of queries [first, end) visits.
+struct KeyTiles {
+    const AttentionRule& rule;
+    const Hull& hull;  // of the queries
+    int64_t batch, head;
+    int first, end, num_keys, width;
+
+    __device__ __forceinline__ int count() const { return static_cast<int>(ceil_div(num_keys, width)); }
+    __device__ __forceinline__ bool operator()(int tile) const {
+        const int from = tile * width, to = lesser(from + width, num_keys);
+        return is_seen(hull, keys_of(rule, batch, from, to)) && is_live(rule, head, first, end, from, to);
+    }
+};
+
 // The hull over the lanes of a warp.
 __device__ __forceinline__ Hull warp_hull(Hull h) {
 #pragma unroll
@@ -145,6 +159,13 @@ __device__ __forceinline__ uint32_t live_groups(const AttentionRule& rule, int64
     for (int j = 0; j < groups; ++j)
         if (from + 8 * j < num_keys && live[(from + 8 * j) / rule.block]) bits |= 1u << j;
     return bits;
+}
+
+// Whether a strip of queries sees all of the groups of keys from `from` on, of which `live` are.
+template <int groups>
+__device__ __forceinline__ bool sees_whole(const AttentionRule& rule, const Hull& strip, int from, uint32_t live) {
+    const Keys keys{from, from + 8 * groups, from, from + 8 * groups - 1};
+    return !rule.key_positions && is_seen_whole(strip, keys) && (!rule.live || live == (1u << groups) - 1);
 }
 
 __device__ __forceinline__ bool sees(const Row& row, int position, int place) {
