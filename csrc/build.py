@@ -152,7 +152,7 @@ def build_emulated(target: Path, folder: Path) -> None:
         if not copy.exists() or copy.read_text() != text:
             copy.write_text(text)
     include = f"-I {device} -I {translated.parent} -I {CSRC}"
-    flags = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -w {_python_headers()} {include}"
+    flags = f"-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -w {_python_headers()} {include}"
     lines = [
         "rule compile",
         f"  command = {compiler} {flags} -x c++ -include cuda_runtime.h -MMD -MF $out.d -c $in -o $out",
