@@ -32,10 +32,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attend(const __grid_cons
     const Row rows[2] = {row_of(op.rule, batch, lesser(mine, op.num_queries - 1), op.num_keys),
                          row_of(op.rule, batch, lesser(mine + 8, op.num_queries - 1), op.num_keys)};
     const Hull strip_hull = warp_hull(join(hull_of(rows[0]), hull_of(rows[1])));
-    if (lane == 0) hulls[warp] = strip_hull;
-    __syncthreads();
-    Hull hull = hulls[0];
-    for (int i = 1; i < kAttentionWarps; ++i) hull = join(hull, hulls[i]);
+    const Hull hull = block_hull(strip_hull, hulls);
 
     // The left factor of all products with keys: sixteen rows of q, straight from memory.
     uint32_t q[kSteps][4];
@@ -55,7 +52,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attend(const __grid_cons
         begin_tile<kFeatures, kKeys>(k_tiles + stage * kTile, k, op.k.strides.row, tile * kKeys, op.num_keys, op.features);
         begin_tile<kFeatures, kKeys>(v_tiles + stage * kTile, v, op.v.strides.row, tile * kKeys, op.num_keys, op.features);
     };
-    const float slope = op.rule.slopes ? static_cast<float>(((const double*)op.rule.slopes)[head]) / op.scale : 0.0f;
+    const float slope = slope_of(op.rule, head, op.scale);
     const float scale = op.scale * kLog2E;
     float out[kOutGroups][4], most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
     clear(out);

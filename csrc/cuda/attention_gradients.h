@@ -18,7 +18,7 @@ struct Backward {
     AttentionRule rule;
 
     __device__ __forceinline__ float slope(int64_t head) const {
-        return rule.slopes ? static_cast<float>(((const double*)rule.slopes)[head]) / scale : 0.0f;
+        return slope_of(rule, head, scale);
     }
     // The log-sum-exp of a query to base 2; where it is infinite, all weights come out as zero.
     __device__ __forceinline__ float log2_sum(int64_t batch, int64_t head, int row) const {

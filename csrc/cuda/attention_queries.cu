@@ -52,10 +52,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) query_gradients(const __
     const float log2_sums[2] = {op.log2_sum(batch, head, mine), op.log2_sum(batch, head, mine + 8)};
     const float deltas[2] = {op.delta_of(batch, head, mine), op.delta_of(batch, head, mine + 8)};
     const Hull strip_hull = warp_hull(join(hull_of(rows[0]), hull_of(rows[1])));
-    if (lane == 0) hulls[warp] = strip_hull;
-    __syncthreads();
-    Hull hull = hulls[0];
-    for (int i = 1; i < kAttentionWarps; ++i) hull = join(hull, hulls[i]);
+    const Hull hull = block_hull(strip_hull, hulls);
 
     const KeyTiles is_visited{op.rule, hull, batch, head, first, end, op.num_keys, kKeys};
     const int num_tiles = is_visited.count();

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attend_on_hopper(const __gr
         registers_take<kConsumerRegisters>();
         const int within = (group - 1) * 64 + threadIdx.x % kWarpgroup / kWarp * kStrip, strip = first + within;
         const int mine = strip + lane / 4;
-        const float slope = op.rule.slopes ? static_cast<float>(((const double*)op.rule.slopes)[head]) / op.scale : 0.0f;
+        const float slope = slope_of(op.rule, head, op.scale);
         const float scale = op.scale * kLog2E;
         const uint32_t q_address = shared_address(bytes) + (group - 1) * 64 * kSlabRowBytes;
         const uint32_t k_address = shared_address(k_tiles), v_address = shared_address(v_tiles);

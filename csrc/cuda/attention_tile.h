@@ -149,6 +149,15 @@ __device__ __forceinline__ Hull warp_hull(Hull h) {
     return h;
 }
 
+// The hull of a block, from those of its warps, which meet in shared memory: all threads call it.
+__device__ __forceinline__ Hull block_hull(const Hull& of_warp, Hull (&hulls)[kAttentionWarps]) {
+    if (threadIdx.x % kWarp == 0) hulls[threadIdx.x / kWarp] = of_warp;
+    __syncthreads();
+    Hull hull = hulls[0];
+    for (int i = 1; i < kAttentionWarps; ++i) hull = join(hull, hulls[i]);
+    return hull;
+}
+
 // --- the rule -----------------------------------------------------------------------------------------------------------
 
 // Bit j: whether the eight keys from `from` + 8 j on are in live blocks of a strip of queries.
@@ -170,6 +179,11 @@ __device__ __forceinline__ bool sees_whole(const AttentionRule& rule, const Hull
 
 __device__ __forceinline__ bool sees(const Row& row, int position, int place) {
     return position >= row.first && position <= row.last && place >= row.begin && place < row.end;
+}
+
+// ALiBi's slope of a head, in units of the scores before their scale.
+__device__ __forceinline__ float slope_of(const AttentionRule& rule, int64_t head, float scale) {
+    return rule.slopes ? static_cast<float>(((const double*)rule.slopes)[head]) / scale : 0.0f;
 }
 
 // Adds ALiBi's part, in units of the scores before their scale, and hides what is not seen, in a strip of scores. `live`: which

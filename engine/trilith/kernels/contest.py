@@ -24,6 +24,10 @@ _VERSION = 1
 _ROUNDS = 7
 _PATIENCE_S = 60.0
 
+Run = Callable[[], object]
+Candidates = Mapping[str, Run]
+Clock = Callable[[Run], float]  # the seconds of a call
+
 
 class Contest:
     """The winners of one file, by class; read from it once, and whenever a class is new."""
@@ -33,12 +37,7 @@ class Contest:
         self._path = path
         self._found: dict[str, dict[str, Any]] = self._read()
 
-    def winner(
-        self,
-        shape_class: str,
-        candidates: Mapping[str, Callable[[], object]],
-        clock: Callable[[Callable[[], object]], float],
-    ) -> str:
+    def winner(self, shape_class: str, candidates: Candidates, clock: Clock) -> str:
         """The name of the fastest of the `candidates` for a class of shapes; `clock` gives the seconds of a call.
 
         A candidate that fails is out. Raises KernelError where all do.
@@ -66,19 +65,14 @@ class Contest:
         """By class `winner` and `seconds` of each candidate."""
         return dict(self._found)
 
-    def _known(self, shape_class: str, candidates: Mapping[str, Any]) -> str | None:
+    def _known(self, shape_class: str, candidates: Candidates) -> str | None:
         """Who won, if these took part."""
         found = self._found.get(shape_class)
         if found is None or set(found["seconds"]) != set(candidates):
             return None
         return str(found["winner"])
 
-    def _time(
-        self,
-        shape_class: str,
-        candidates: Mapping[str, Callable[[], object]],
-        clock: Callable[[Callable[[], object]], float],
-    ) -> str:
+    def _time(self, shape_class: str, candidates: Candidates, clock: Clock) -> str:
         seconds: dict[str, float | None] = {}
         problem: Exception | None = None
         for name, run in candidates.items():
@@ -133,7 +127,7 @@ def attention_contest() -> Contest:
     return Contest(user_cache() / "attention.json")
 
 
-def cuda_seconds(run: Callable[[], object]) -> float:
+def cuda_seconds(run: Run) -> float:
     """Seconds of a call on the current CUDA device."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()

@@ -49,22 +49,24 @@ def attention(
     the mask is causal or full and nothing is dropped, else the reference, which takes O(S^2) memory. Raises KernelError
     where heads do not fit, the mask does not, or dropout lacks sample ids.
     """
-    heads = head_range or (0, q.shape[2])
-    how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, heads[0])
-    kv_index = how.kv_index
-    if _takes(backend, q, k, v) and not _loses(backend, q, k, how):
+    first = head_range[0] if head_range else 0
+    how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, first)
+    if _runs_natively(backend, q, k, v, how):
         return library_attention(q, k, v, how)[0] if library.is_traced(q) else NativeAttention.apply(q, k, v, how)
+    return _of_torch(q, k, v, how, backend)
+
+
+def _of_torch(q: Tensor, k: Tensor, v: Tensor, how: How, backend: str) -> Tensor:
+    """Torch's blocked attention where it does the same, else the reference."""
     if backend == "reference" or not how.is_torchs:
-        return reference.attention(
-            q, k, v, kv_index=kv_index, mask=mask, dropout_p=dropout_p, key=key, sample_ids=sample_ids, head_range=heads
-        )
-    if kv_index != _grouping(q.shape[2], k.shape[2]):
-        k, v = reference.expand_heads(k, kv_index), reference.expand_heads(v, kv_index)
+        return reference.attention(q, k, v, **how.named())
+    if how.kv_index != _grouping(q.shape[2], k.shape[2]):
+        k, v = reference.expand_heads(k, how.kv_index), reference.expand_heads(v, how.kv_index)
     mixed = functional.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        is_causal=mask.causal,
+        is_causal=how.mask.causal,
         enable_gqa=k.shape[2] != q.shape[2],
     )
     return mixed.transpose(1, 2)
@@ -94,21 +96,12 @@ def packed_attention(
     q, k, v = split_heads(qkv, num_heads, head_dim)
     first = head_range[0] if head_range else 0
     how = _checked(q, k, v, mask, kv_index, dropout_p, key, sample_ids, first)
-    if _takes(backend, q) and not library.is_traced(qkv) and not _loses(backend, q, k, how):
-        return NativePackedAttention.apply(qkv, num_heads, head_dim, how)
-    mixed = attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        kv_index=kv_index,
-        dropout_p=dropout_p,
-        key=key,
-        sample_ids=sample_ids,
-        head_range=head_range,
-        backend=backend,
-    )
-    return mixed.flatten(2)
+    if not _runs_natively(backend, q, k, v, how):
+        return _of_torch(q, k, v, how, backend).flatten(2)
+    if library.is_traced(qkv):
+        return library_attention(q, k, v, how)[0].flatten(2)
+    packed: Tensor = NativePackedAttention.apply(qkv, num_heads, head_dim, how)
+    return packed
 
 
 def partial_attention(
@@ -181,6 +174,11 @@ def _takes(backend: str, q: Tensor, *others: Tensor) -> bool:
     if reason and backend == "fused":
         raise KernelError(f"attention: backend 'fused': {reason}")
     return not reason and library.takes("attention", backend, q, *others)
+
+
+def _runs_natively(backend: str, q: Tensor, k: Tensor, v: Tensor, how: How) -> bool:
+    """Whether the native op is due: it takes the tensors, and torch's is not known to be faster."""
+    return _takes(backend, q, k, v) and not _loses(backend, q, k, how)
 
 
 def _loses(backend: str, q: Tensor, k: Tensor, how: How) -> bool:
